@@ -1,0 +1,113 @@
+"""Regenerate the pinned requirement files: `.venv/bin/python requirements/lock.py`.
+
+pip resolves every `.in` file at once, so one set of versions serves all images. The result is then split: each package
+is pinned in the first file of its chain that needs it, and an image installs the files up to its own, with `--no-deps`.
+
+CPU and CUDA differ in `torch-*.txt` and `node-*.txt` only: CUDA is resolved second, with everything else held where the
+CPU resolution put it. pip reads metadata and downloads no wheel (a local pip setting may choose where from).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HERE = Path(__file__).parent
+
+# vLLM lists these for images, audio and video. Errata serves text, and PyPI's builds of them break every import of a
+# transformers model beside a CPU torch ("operator torchvision::nms does not exist").
+DROPPED = {"torchvision", "torchaudio", "torchcodec"}
+
+HEADER = """\
+# Generated from {name}.in by requirements/lock.py; do not edit. Installed with --no-deps.
+"""
+
+
+def chain(device: str) -> list[str]:
+    """File names, each needing those before it."""
+    return ["service", f"torch-{device}", "worker", f"node-{device}", "stack", "dev"]
+
+
+def requested(name: str) -> list[str]:
+    """The requirement lines of one `.in` file, without comments."""
+    lines = (line.partition("#")[0].strip() for line in (HERE / f"{name}.in").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def resolve(requirements: Iterable[str], constraints: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Let pip choose versions; answers the metadata of every package by canonical name."""
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = Path(folder, "constraints.txt")
+        fixed.write_text("\n".join(constraints))
+        report = Path(folder, "report.json")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--dry-run"]
+        options = ["--ignore-installed", "--only-binary=:all:", "--constraint", str(fixed), "--report", str(report)]
+        subprocess.run([*pip, *options, *requirements], check=True)
+        installs = json.loads(report.read_text())["install"]
+    return {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in installs}
+
+
+def closure(lines: Iterable[str], packages: dict[str, dict[str, Any]]) -> set[str]:
+    """Canonical names of what the requirement lines need, themselves included."""
+    seen: set[tuple[str, str]] = set()
+
+    def visit(requirement: Requirement) -> None:
+        name = canonicalize_name(requirement.name)
+        if name in DROPPED:
+            return
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            for needed in applying(packages[name], extra):
+                visit(needed)
+
+    for line in lines:
+        visit(Requirement(line))
+    return {name for name, _ in seen}
+
+
+def applying(metadata: dict[str, Any], extra: str) -> Iterator[Requirement]:
+    """The dependencies of one package that apply here, with one of its extras."""
+    environment = default_environment() | {"extra": extra}
+    for line in metadata.get("requires_dist", []):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            yield requirement
+
+
+def pin(name: str, metadata: dict[str, Any]) -> str:
+    """One exact pin; `===` where a local version of the same number must not match."""
+    exact = "===" if name == "torch" else "=="
+    return f"{name}{exact}{metadata['version']}"
+
+
+def split(names: list[str], packages: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The pins of each file: the first of `names` that needs a package has it."""
+    files: dict[str, list[str]] = {}
+    placed: set[str] = set()
+    for name in names:
+        new = closure(requested(name), packages) - placed
+        files[name] = [pin(package, packages[package]) for package in sorted(new)]
+        placed |= new
+    return files
+
+
+def main() -> None:
+    """Resolve for CPU, then for CUDA with the shared versions held, and write the files."""
+    cpu = split(chain("cpu"), resolve((line for name in chain("cpu") for line in requested(name)), []))
+    shared = [line for name, lines in cpu.items() for line in lines if not name.endswith("-cpu")]
+    cuda_packages = resolve((line for name in chain("cuda") for line in requested(name)), shared)
+    for name, lines in (split(chain("cuda"), cuda_packages) | cpu).items():
+        (HERE / f"{name}.txt").write_text(HEADER.format(name=name) + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
