@@ -30,23 +30,24 @@ fi
 touch .venv/unfinished # a package that was being written when this script died looks installed
 rm -f .venv/stamp
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 names() { sed '/^#/d; s/[= ].*//' "$@" | tr 'A-Z_.' 'a-z--' | sort; }
 
 say "PyTorch for $ERRATA_DEVICE (some 200 MB, CUDA 3 GB; from pip's own indexes first)"
-if ! pip install --no-deps -r "$torch" 2>/dev/null; then
+if ! pip -qq install --no-deps -r "$torch" 2>.venv/log; then
+    [ "$ERRATA_DEVICE" = cpu ] || { cat .venv/log >&2; die "no PyTorch."; }
     say "not found there: trying PyTorch's CPU index"
-    pip install --no-deps -r "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
+    pip -qq install --no-deps -r "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
 fi
 say "the other $(names "${rest[@]}" | wc -l) packages, vLLM among them: a minute or two"
-pip install --no-deps "${rest[@]/#/--requirement=}"
-strays=$(comm -23 <(pip list --format=freeze | names) <(names "$torch" "${rest[@]}") | grep -vx errata || true)
+pip -qq install --no-deps "${rest[@]/#/--requirement=}"
+strays=$(comm -23 <(pip list --format=freeze 2>.venv/log | names) <(names "$torch" "${rest[@]}") | grep -vx errata || true)
 # shellcheck disable=SC2086  # a list of names
-if [ -n "$strays" ]; then say "removing what is no longer pinned:" $strays && pip uninstall --yes $strays; fi
+if [ -n "$strays" ]; then say "removing what is no longer pinned:" $strays && pip -qq uninstall --yes $strays; fi
 say "the project itself"
-pip install --no-deps --no-build-isolation --editable .
+pip -qq install --no-deps --no-build-isolation --editable .
 say "checking that it imports"
-.venv/bin/python -c 'import celery, fastapi, transformers, vllm' 2>.venv/check.log || { cat .venv/check.log >&2; die "the environment is broken."; }
+.venv/bin/python -c 'import celery, fastapi, transformers, vllm' 2>.venv/log || { cat .venv/log >&2; die "the environment is broken."; }
 
 echo "$stamp" >.venv/stamp
 rm .venv/unfinished
