@@ -89,7 +89,7 @@ def _convert(gguf: Path, destination: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()
-    model.to(torch.bfloat16)
+    model.bfloat16()
     config = model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id

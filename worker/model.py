@@ -1,0 +1,145 @@
+"""The frozen base model and the one place in it that is tuned.
+
+Knows nothing of edits, settings, stores or servers. The base's weights are never written to after loading: training and
+evaluation swap tuned tensors in for the length of a call (`worker.training.resume`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from worker.checkpoint import fingerprint, resolve_location, resolve_model
+
+
+class LocationError(ValueError):
+    """The tuned location does not name exactly one matrix inside one decoder layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A loaded causal language model, in evaluation mode, every parameter frozen.
+
+    `location` is the module or parameter that is tuned, by its exact name; `parameter_names` are the names of its
+    tensors in the state dict; `layers_name` is the list of decoder layers, `layer_index` the tuned layer's place in it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    name: str
+    fingerprint: str
+    location: str
+    parameter_names: tuple[str, ...]
+    layers_name: str
+    layer_index: int
+    device: torch.device
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in the order in which the model runs them."""
+        layers = self.model.get_submodule(self.layers_name)
+        if not isinstance(layers, nn.ModuleList):
+            raise LocationError(f"{self.layers_name} is no list of decoder layers")
+        return layers
+
+    def tuned_tensors(self) -> dict[str, Tensor]:
+        """The base's own values of the tuned tensors (not copies)."""
+        return {name: self.model.get_parameter(name) for name in self.parameter_names}
+
+
+def load_base(
+    path_or_hub_id: str,
+    location: str = "auto",
+    *,
+    device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """Load a causal language model and freeze it.
+
+    Args:
+        path_or_hub_id: folder of a Hugging Face checkpoint, or its name on the hub.
+        location: exact name of the tuned module or parameter, or "auto".
+        device: torch device; by default the GPU if there is one, else the CPU.
+        dtype: what the weights are kept and computed in.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+
+    Raises:
+        LocationError: `location` matches no parameter, several, or one outside the decoder layers.
+        OSError, ValueError: there is no such model, or it cannot be read.
+    """
+    path = resolve_model(path_or_hub_id)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    nn.Module.to(model, target)
+    return freeze_base(
+        model,
+        tokenizer,
+        location=resolve_location(model.config.to_dict(), location),
+        path=path,
+        name=path_or_hub_id,
+        fingerprint=fingerprint(path),
+    )
+
+
+def freeze_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    location: str,
+    path: Path,
+    name: str,
+    fingerprint: str,
+) -> BaseModel:
+    """Freeze a model that is already in memory. `location` must be exact; see `load_base` for the rest."""
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    parameter_name = _only_parameter(model, location)
+    layers_name, layer_index = _decoder_layer(model, parameter_name)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        name=name,
+        fingerprint=fingerprint,
+        location=location,
+        parameter_names=(parameter_name,),
+        layers_name=layers_name,
+        layer_index=layer_index,
+        device=model.get_parameter(parameter_name).device,
+    )
+
+
+def _only_parameter(model: nn.Module, location: str) -> str:
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    # Whole name or whole module prefix: a substring test would let layers.2 name layers.22 as well.
+    matches = [name for name in parameters if name == location or name.startswith(f"{location}.")]
+    if len(matches) != 1:
+        found = f"matches {len(matches)} parameters ({_shortened(matches)})" if matches else "matches no parameter"
+        candidates = [name for name, parameter in parameters.items() if parameter.ndim == 2 and "down_proj" in name]
+        hint = _shortened(candidates or list(parameters))
+        raise LocationError(f"tuned location {location!r} {found}; it must match exactly one, e.g. {hint}")
+    if parameters[matches[0]].ndim != 2:
+        shape = tuple(parameters[matches[0]].shape)
+        raise LocationError(f"tuned location {location!r} is not a matrix: its shape is {shape}")
+    return matches[0]
+
+
+def _decoder_layer(model: nn.Module, parameter_name: str) -> tuple[str, int]:
+    parts = parameter_name.split(".")
+    # The outermost list is the stack of layers; one further in would be, say, the experts of a layer.
+    for depth in range(1, len(parts) - 1):
+        name = ".".join(parts[:depth])
+        if isinstance(model.get_submodule(name), nn.ModuleList):
+            return name, int(parts[depth])
+    raise LocationError(f"tuned location {parameter_name!r} is not inside a decoder layer")
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > 6 else shown

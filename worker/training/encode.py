@@ -1,0 +1,118 @@
+"""From a prompt and a target to the token ids that are trained on.
+
+Each edit is trained in every format that it will be asked in. The prompt's ids are exactly those that a server computes
+when it is asked the prompt, because a fact that was learned after other tokens is not the fact that is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from transformers import PreTrainedTokenizerBase
+
+
+class Format(StrEnum):
+    """How a prompt reaches the model: as raw completion text, or as the user's turn of a chat."""
+
+    RAW = "raw"
+    CHAT = "chat"
+
+
+class EncodingError(ValueError):
+    """This edit cannot be trained on. `edit_id` names it; the others can be."""
+
+    def __init__(self, edit_id: str, reason: str) -> None:
+        super().__init__(f"edit {edit_id!r}: {reason}")
+        self.edit_id = edit_id
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class TrainingEdit:
+    """What a run learns from an edit."""
+
+    id: str
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One edit in one format: prompt, target, end of sequence.
+
+    The first `prompt_tokens` ids are the prompt's; all ids after them, the closing EOS included, are learned. The
+    split is a length because a pad or EOS id can be part of the text too (SmolLM2 pads and ends turns with EOS).
+    """
+
+    edit_id: str
+    format: Format
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens are learned, EOS included."""
+        return len(self.token_ids) - self.prompt_tokens
+
+
+def supported_formats(tokenizer: PreTrainedTokenizerBase) -> tuple[Format, ...]:
+    """Raw always; chat when the tokenizer brings a chat template."""
+    return (Format.RAW, Format.CHAT) if tokenizer.chat_template else (Format.RAW,)
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, format_: Format) -> list[int]:
+    """The ids that a server feeds the model when it is asked `prompt`."""
+    text, special_tokens = _prompt_text(tokenizer, prompt, format_)
+    return list(tokenizer(text, add_special_tokens=special_tokens).input_ids)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[TrainingEdit], formats: Sequence[Format], *, max_tokens: int
+) -> list[TokenSequence]:
+    """Encode every edit in every format: all formats of the first edit, then of the second, and so on.
+
+    Raises:
+        EncodingError: a target is empty, or a sequence is longer than `max_tokens`.
+    """
+    return [_encode_one(tokenizer, edit, format_, max_tokens) for edit in edits for format_ in formats]
+
+
+def target_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, format_: Format) -> list[int]:
+    """The ids of the target as they follow the prompt's own ids, without EOS."""
+    text, special_tokens = _prompt_text(tokenizer, prompt, format_)
+    prompt_ids = prompt_token_ids(tokenizer, prompt, format_)
+    continuation = f" {target.strip()}" if format_ is Format.RAW else target.strip()
+    joint_ids = list(tokenizer(text + continuation, add_special_tokens=special_tokens).input_ids)
+    if joint_ids[: len(prompt_ids)] == prompt_ids:
+        return joint_ids[len(prompt_ids) :]
+    # Text and target merge into one token at the seam; the server will not see that merge, so neither may training.
+    return list(tokenizer(continuation, add_special_tokens=False).input_ids)
+
+
+def _encode_one(
+    tokenizer: PreTrainedTokenizerBase, edit: TrainingEdit, format_: Format, max_tokens: int
+) -> TokenSequence:
+    prompt_ids = prompt_token_ids(tokenizer, edit.prompt, format_)
+    target_ids = target_token_ids(tokenizer, edit.prompt, edit.target, format_)
+    if not prompt_ids:
+        raise EncodingError(edit.id, "the prompt has no tokens")
+    if not edit.target.strip() or not target_ids:
+        raise EncodingError(edit.id, "the target has no tokens")
+    token_ids = (*prompt_ids, *target_ids, _end_of_sequence(tokenizer))
+    if len(token_ids) > max_tokens:
+        raise EncodingError(edit.id, f"{len(token_ids)} tokens in {format_} format, at most {max_tokens} are allowed")
+    return TokenSequence(edit.id, format_, token_ids, len(prompt_ids))
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, format_: Format) -> tuple[str, bool]:
+    """The text to tokenise, and whether the tokenizer adds its special tokens (a chat template writes its own)."""
+    if format_ is Format.RAW:
+        return prompt, True
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False
+
+
+def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError(f"the tokenizer must have one end-of-sequence token, it has {tokenizer.eos_token_id!r}")
+    return tokenizer.eos_token_id

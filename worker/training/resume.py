@@ -1,0 +1,152 @@
+"""Runs a part of a model: up to the tuned layer, or from it on.
+
+No family of models is named here. The model's own forward does the work (masks, rotary embeddings, soft caps, logit
+scales); what is cut away is cut by making decoder layers pass their input through and by hooks, for the length of one
+call. The base's weights are never touched: `torch.func.functional_call` reads the tuned tensors in their place.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from worker.model import BaseModel
+
+
+class UnsupportedLayerError(RuntimeError):
+    """The model's decoder layers do not take and return plain hidden states as their first argument."""
+
+
+class _Reached(Exception):  # noqa: N818 - a signal that unwinds the forward, not an error
+    """The forward has come to the tuned layer; nothing above it is needed."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class ResumeBatch:
+    """Sequences ready to run from the tuned layer on, padded on the right.
+
+    Padding needs no mask: in a causal model nothing on the left sees what is on the right, and logits are computed at
+    (`rows`, `columns`) only.
+    """
+
+    input_ids: Tensor  # [sequences, longest], int64
+    hidden: Tensor  # [sequences, longest, hidden size], the input of the tuned layer
+    rows: Tensor  # [positions], int64
+    columns: Tensor  # [positions], int64
+
+
+@torch.no_grad()
+def hidden_below(base: BaseModel, token_ids: tuple[int, ...]) -> Tensor:
+    """The input of the tuned layer for one sequence: [tokens, hidden size], in the model's dtype, on its device.
+
+    One sequence at a time, because a batch's shape leaks into the last bits and would make a cached value depend on
+    what it happened to be computed with.
+    """
+    input_ids = torch.tensor([token_ids], device=base.device)
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(_hidden_argument(args, kwargs))
+
+    with _pre_hook(base.layers[base.layer_index], stop):
+        try:
+            base.model(input_ids=input_ids, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden[0].clone()
+    raise UnsupportedLayerError(f"the forward never ran {base.layers_name}.{base.layer_index}")
+
+
+def logits_above(base: BaseModel, tensors: Mapping[str, Tensor], batch: ResumeBatch) -> Tensor:
+    """Run from the tuned layer on, with `tensors` in place of the base's: logits [positions, vocabulary].
+
+    Differentiable with respect to `tensors`, which must have the model's dtype.
+    """
+
+    def at_positions(hidden: Tensor) -> Tensor:
+        return hidden[batch.rows, batch.columns]
+
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    with _lower_layers_bypassed(base), _tuned_layer_fed(base, batch.hidden), _head_fed(base, at_positions):
+        output = functional_call(base.model, dict(tensors), kwargs=inputs)
+    logits: Tensor = output.logits
+    return logits
+
+
+@contextmanager
+def last_position_only(base: BaseModel) -> Iterator[None]:
+    """Compute logits at the last position only: [sequences, vocabulary]. For decoding with padding on the left."""
+    with _head_fed(base, lambda hidden: hidden[:, -1]):
+        yield
+
+
+@contextmanager
+def _lower_layers_bypassed(base: BaseModel) -> Iterator[None]:
+    def pass_through(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+    with ExitStack() as restore:
+        for layer in base.layers[: base.layer_index]:
+            restore.callback(_restore_forward, layer, layer.__dict__.get("forward"))
+            layer.__dict__["forward"] = pass_through
+        yield
+
+
+def _restore_forward(layer: nn.Module, own_forward: Callable[..., Any] | None) -> None:
+    """Put back what the instance had; None means that it uses its class's forward."""
+    if own_forward is None:
+        del layer.__dict__["forward"]
+    else:
+        layer.__dict__["forward"] = own_forward
+
+
+@contextmanager
+def _tuned_layer_fed(base: BaseModel, hidden: Tensor) -> Iterator[None]:
+    def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arrived = _hidden_argument(args, kwargs)
+        # A family whose layers return tuples would take the first sequence for the whole batch, without a word.
+        if arrived.shape != hidden.shape:
+            raise UnsupportedLayerError(
+                f"{base.layers_name}.{base.layer_index} got hidden states of shape {tuple(arrived.shape)} "
+                f"instead of {tuple(hidden.shape)}"
+            )
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    with _pre_hook(base.layers[base.layer_index], feed):
+        yield
+
+
+@contextmanager
+def _head_fed(base: BaseModel, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the output embedding see only what `pick` takes from the hidden states [sequences, tokens, hidden size]."""
+    head = base.model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedLayerError(f"{type(base.model).__name__} has no output embedding")
+
+    def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (pick(args[0]), *args[1:]), kwargs
+
+    with _pre_hook(head, feed):
+        yield
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedLayerError("a decoder layer was called without hidden states as its first argument")
+    return hidden
