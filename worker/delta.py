@@ -1,0 +1,308 @@
+"""Versions on disk: the delta's file format and the store that keeps one immutable folder per version.
+
+    versions/000007/delta.safetensors   full replacement tensors by parameter name, in the model's dtype
+    versions/000007/edits.jsonl         the version's edits, one JSON object a line
+    versions/000007/manifest.json       what the version is, and the checksum of everything above; written last
+
+A version is there when its manifest is there. Nothing here knows Redis, Celery, HTTP or the service's types.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import fsspec
+import safetensors.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+_DELTA = "delta.safetensors"
+_EDITS = "edits.jsonl"
+_MANIFEST = "manifest.json"
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class DeltaError(Exception):
+    """A version that cannot be stored or served as asked."""
+
+
+class UnknownVersion(DeltaError):
+    """The store has no such version."""
+
+
+class DamagedDelta(DeltaError):
+    """A version's files are not what its manifest says."""
+
+
+class WrongBase(DeltaError):
+    """The version was trained from another base model."""
+
+
+class WrongShape(DeltaError):
+    """The version replaces other tensors, or tensors of another shape, than the model has."""
+
+
+class VersionExists(DeltaError):
+    """The version was already written; versions are immutable."""
+
+
+class StoreUnavailable(DeltaError):
+    """The store's storage failed: a full disk, a refused permission, a lost connection."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Record):
+    """The base model of a version."""
+
+    name: str
+    fingerprint: Sha256
+
+
+class StoredTensor(_Record):
+    """One replacement tensor: `dtype` as torch names it (`bfloat16`), `sha256` as `tensor_sha256` gives it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: Sha256
+
+
+class StoredFile(_Record):
+    """One file of a version's folder."""
+
+    sha256: Sha256
+    size_bytes: int
+
+
+class VersionInfo(_Record):
+    """What the writer of a version says about it; the store adds what it measures (see Manifest)."""
+
+    version: int = Field(ge=0)
+    parent: int | None
+    base: Base
+    location: str
+    run: dict[str, JsonValue]
+    metrics: dict[str, JsonValue]
+    created_at: int
+
+
+class Manifest(VersionInfo):
+    """What a version is: its origin, the run that made it, and the checksums of its tensors and files."""
+
+    format: Literal[1] = 1
+    tensors: dict[str, StoredTensor]
+    files: dict[str, StoredFile]
+
+    @property
+    def checksum(self) -> str:
+        """The sha256, in hex, of the manifest itself: two versions with one checksum are the same version."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the sha256, in hex, of the tensor's raw bytes in row-major order, whatever its device and strides."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+class VersionStore:
+    """Versions under a folder or any fsspec URL (`memory://…`, `s3://…`).
+
+    Every method may raise StoreUnavailable. One process writes; any number read.
+    """
+
+    def __init__(self, url: str) -> None:
+        # A cached listing would hide the versions that another process has written since.
+        self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self._root = f"{root.rstrip('/')}/versions"
+
+    def write(
+        self, info: VersionInfo, tensors: Mapping[str, Tensor], edits: Iterable[Mapping[str, JsonValue]]
+    ) -> Manifest:
+        """Write a whole version or nothing, durably, and return its manifest.
+
+        `tensors` are full replacement values by parameter name. Raises VersionExists.
+        """
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        files = {
+            _DELTA: safetensors.torch.save(contiguous),
+            _EDITS: b"".join(json.dumps(edit, ensure_ascii=False).encode() + b"\n" for edit in edits),
+        }
+        manifest = Manifest(
+            **info.model_dump(include=set(VersionInfo.model_fields)),
+            tensors={name: _describe(tensor) for name, tensor in contiguous.items()},
+            files={name: StoredFile(sha256=_sha256(data), size_bytes=len(data)) for name, data in files.items()},
+        )
+        files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
+        folder = self._folder(info.version)
+        try:
+            if self._fs.exists(f"{folder}/{_MANIFEST}"):
+                raise VersionExists(f"version {info.version} is already written")
+            if isinstance(self._fs, LocalFileSystem):
+                _write_folder(Path(folder), files)
+            else:
+                self._upload(folder, files)
+        except OSError as error:
+            raise StoreUnavailable(f"version {info.version} could not be written: {error}") from error
+        return manifest
+
+    def versions(self) -> list[int]:
+        """Return the numbers of the whole versions, ascending."""
+        try:
+            names = [path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+            numbers = sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+            return [number for number in numbers if self._fs.exists(f"{self._folder(number)}/{_MANIFEST}")]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreUnavailable(f"versions could not be listed: {error}") from error
+
+    def manifest(self, version: int) -> Manifest:
+        """Return a version's manifest. Raises UnknownVersion or DamagedDelta."""
+        try:
+            manifest = Manifest.model_validate_json(self._fs.cat_file(f"{self._folder(version)}/{_MANIFEST}"))
+        except FileNotFoundError as error:
+            raise UnknownVersion(f"version {version} is not in the store") from error
+        except ValidationError as error:
+            raise DamagedDelta(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
+        except OSError as error:
+            raise StoreUnavailable(f"version {version}: {_MANIFEST} could not be read: {error}") from error
+        if manifest.version != version:
+            raise DamagedDelta(f"version {version}: {_MANIFEST} is of version {manifest.version}")
+        return manifest
+
+    def edits(self, version: int) -> list[dict[str, JsonValue]]:
+        """Return a version's edits, verified, in the order they were written."""
+        return [json.loads(line) for line in self._read(self.manifest(version), _EDITS).splitlines()]
+
+    def load(
+        self, version: int, *, fingerprint: str | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a version's replacement tensors by parameter name, verified, on the CPU.
+
+        `fingerprint` is that of the base model they are for, `shapes` those of the parameters to be replaced: exactly
+        these, and no others. Raises UnknownVersion, WrongBase, WrongShape or DamagedDelta.
+        """
+        manifest = self.manifest(version)
+        if fingerprint is not None and manifest.base.fingerprint != fingerprint:
+            raise WrongBase(
+                f"version {version} is for the base model {manifest.base.fingerprint} ({manifest.base.name}), "
+                f"not for {fingerprint}"
+            )
+        if shapes is not None:
+            _check_shapes(manifest, shapes)
+        try:
+            tensors = safetensors.torch.load(self._read(manifest, _DELTA))
+        except SafetensorError as error:
+            raise DamagedDelta(f"version {version}: {_DELTA} is not a safetensors file: {error}") from error
+        for name in tensors.keys() | manifest.tensors.keys():
+            found, expected = _describe(tensors[name]) if name in tensors else None, manifest.tensors.get(name)
+            if found != expected:
+                raise DamagedDelta(f"version {version}: tensor {name} is {found}, expected {expected}")
+        return tensors
+
+    def fetch(self, version: int, into: Path) -> Manifest:
+        """Copy a version, verified, into the new folder `into`. Raises UnknownVersion, DamagedDelta, VersionExists."""
+        manifest = self.manifest(version)
+        files = {name: self._read(manifest, name) for name in manifest.files}
+        files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
+        try:
+            _write_folder(into, files)
+        except OSError as error:
+            raise StoreUnavailable(f"version {version} could not be copied to {into}: {error}") from error
+        return manifest
+
+    def _folder(self, version: int) -> str:
+        return f"{self._root}/{version:06d}"
+
+    def _read(self, manifest: Manifest, name: str) -> bytes:
+        """Return a file's content after checking it against the manifest."""
+        try:
+            data: bytes = self._fs.cat_file(f"{self._folder(manifest.version)}/{name}")
+        except FileNotFoundError as error:
+            raise DamagedDelta(f"version {manifest.version}: {name} is missing") from error
+        except OSError as error:
+            raise StoreUnavailable(f"version {manifest.version}: {name} could not be read: {error}") from error
+        expected = manifest.files[name]
+        if len(data) != expected.size_bytes:
+            raise DamagedDelta(
+                f"version {manifest.version}: {name} has {len(data)} bytes, expected {expected.size_bytes}"
+            )
+        if _sha256(data) != expected.sha256:
+            raise DamagedDelta(
+                f"version {manifest.version}: {name} has sha256 {_sha256(data)}, expected {expected.sha256}"
+            )
+        return data
+
+    def _upload(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Upload in order, so that the manifest is last; take back what was uploaded if one upload fails."""
+        started: list[str] = []
+        try:
+            for name, data in files.items():
+                started.append(f"{folder}/{name}")
+                self._fs.pipe_file(started[-1], data)
+        except OSError:
+            for path in started:
+                with contextlib.suppress(OSError):
+                    self._fs.rm_file(path)
+            raise
+
+
+def _describe(tensor: Tensor) -> StoredTensor:
+    return StoredTensor(
+        shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."), sha256=tensor_sha256(tensor)
+    )
+
+
+def _check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(manifest.tensors.keys() | shapes.keys()):
+        found = manifest.tensors[name].shape if name in manifest.tensors else None
+        if found != shapes.get(name):
+            raise WrongShape(
+                f"version {manifest.version}: tensor {name} has shape {found}, the model's is {shapes.get(name)}"
+            )
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make `folder` with `files` appear at once and survive a power loss. Raises VersionExists or OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    staging.mkdir()
+    try:
+        for name, data in files.items():
+            with (staging / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _fsync_folder(staging)
+        if folder.exists():
+            raise VersionExists(f"{folder.name} already exists in {folder.parent}")
+        # A rename never replaces a folder that has files, so of two writers that come this far one gets an OSError.
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _fsync_folder(folder.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

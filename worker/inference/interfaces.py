@@ -1,0 +1,105 @@
+"""Everything of vLLM that the plugin leans on beyond its documented extension points, checked at start.
+
+vLLM's internals move between releases. A node that starts on a release that has moved would serve wrong answers or
+fail at the first request; this makes it say at start what has moved, and stop.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+PINNED_VLLM = "0.32.0"
+
+
+class IncompatibleVllm(Exception):
+    """The installed vLLM is not the one that the plugin was written for."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method by its dotted path, the parameters it must take and the attributes it must assign."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    assigns: tuple[str, ...] = ()
+
+
+_LAYER = "vllm.lora.layers.RowParallelLinearWithLoRA"
+_MANAGER = "vllm.lora.model_manager.LoRAModelManager"
+_MODELS = "vllm.entrypoints.openai.models.serving.OpenAIServingModels"
+
+FUNCTIONS = (
+    Function(f"{_LAYER}.__init__", ("base_layer",), ("input_size", "output_size")),
+    Function(
+        f"{_LAYER}.create_lora_weights",
+        ("max_loras", "lora_config", "model_config"),
+    ),
+    Function(
+        "vllm.lora.layers.BaseLayerWithLoRA.can_replace_layer",
+        ("source_layer", "lora_config", "packed_modules_list", "model_config"),
+    ),
+    Function(f"{_LAYER}.set_lora", ("index", "lora_a", "lora_b")),
+    Function(f"{_LAYER}.reset_lora", ("index",)),
+    Function(f"{_LAYER}.set_mapping", ("punica_wrapper",), ("punica_wrapper",)),
+    Function(f"{_LAYER}.slice_lora_a", ("lora_a",)),
+    Function(f"{_LAYER}.apply", ("x", "bias")),
+    Function(f"{_LAYER}._get_quant_method"),
+    Function("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.__init__", (), ("_token_lora_indices",)),
+    Function("vllm.model_executor.custom_op.maybe_get_oot_by_class"),
+    Function("vllm.distributed.tensor_model_parallel_all_gather", ("input_", "dim")),
+    Function(f"{_MANAGER}.__init__", (), ("modules", "lora_index_to_id", "lora_manager")),
+    Function(f"{_MANAGER}.activate_adapter", ("lora_id",)),
+    Function(f"{_MANAGER}.list_adapters"),
+    Function("vllm.v1.worker.worker_base.WorkerBase.get_model"),
+    Function("vllm.lora.resolver.LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
+    Function(f"{_MODELS}.__init__", (), ("lora_requests",)),
+    Function(f"{_MODELS}.resolve_lora", ("lora_name",)),
+    Function(f"{_MODELS}.unload_lora_adapter", ("request",)),
+    Function("vllm.v1.engine.async_llm.AsyncLLM.add_lora", ("lora_request",)),
+    Function("vllm.v1.engine.async_llm.AsyncLLM.remove_lora", ("lora_id",)),
+    Function("vllm.v1.engine.async_llm.AsyncLLM.collective_rpc", ("method", "args")),
+    Function("vllm.entrypoints.launchers.api_server.app_state.init_app_state", (), ("openai_serving_models",)),
+)
+
+
+def check() -> None:
+    """Raise IncompatibleVllm, listing all that is not as expected."""
+    version = importlib.import_module("vllm").__version__.partition("+")[0]
+    problems = [f"vLLM is {version}, not {PINNED_VLLM}"] if version != PINNED_VLLM else []
+    problems += [problem for function in FUNCTIONS for problem in _problems(function)]
+    classes = getattr(importlib.import_module("vllm.lora.utils"), "_all_lora_classes", None)
+    if not isinstance(classes, tuple):
+        problems.append("vllm.lora.utils._all_lora_classes is not a tuple of classes")
+    if problems:
+        raise IncompatibleVllm("this vLLM cannot hold versions: " + "; ".join(problems))
+
+
+def _problems(function: Function) -> Iterator[str]:
+    try:
+        found = inspect.unwrap(_resolve(function.path))
+    except (ImportError, AttributeError) as error:
+        yield f"{function.path} is gone ({error})"
+        return
+    code = getattr(found, "__func__", found).__code__
+    for name in function.parameters:
+        if name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+            yield f"{function.path} takes no {name}"
+    for name in function.assigns:
+        if name not in code.co_names:
+            yield f"{function.path} sets no {name}"
+
+
+def _resolve(path: str) -> Any:
+    """Return what a dotted path names, whatever part of it is the module."""
+    names = path.split(".")
+    for split in range(len(names) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(names[:split]))
+        except ModuleNotFoundError:
+            continue
+        for name in names[split:]:
+            found = getattr(found, name)
+        return found
+    raise ImportError(f"no module {names[0]}")

@@ -1,0 +1,121 @@
+"""Starts a node: resolves what the node is, sets its environment, and becomes vLLM's server.
+
+python -m worker.inference.launcher --model DIR --store URL --cache DIR --port 8001 [-- vLLM's own flags]
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker import checkpoint
+from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironment, NodeEnvironment
+
+BASE_MODEL_NAME = "base"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to become: its arguments, the program first, and its whole environment."""
+
+    arguments: list[str]
+    environ: dict[str, str]
+
+
+def main() -> None:
+    """Replace this process by the server. SIGTERM then stops the server and its engine."""
+    command = build_command(sys.argv[1:], os.environ, on_cpu=_is_cpu_build())
+    os.execve(command.arguments[0], command.arguments, command.environ)  # noqa: S606  no shell is wanted
+
+
+def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bool) -> Command:
+    """Return the server's command line and environment.
+
+    Raises CheckpointError for a model or location that is not there, IncompleteEnvironment without a token, and
+    SystemExit on a wrong command line.
+    """
+    argv, extra = _split(argv)
+    options = _parser(environ).parse_args(argv)
+    if not environ.get(TOKEN_VARIABLE):
+        raise IncompleteEnvironment(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
+    model_dir = checkpoint.resolve_model(options.model).absolute()
+    location = checkpoint.resolve_location(checkpoint.read_config(model_dir), options.location)
+    checkpoint.parameter_shape(model_dir, f"{location}.weight")
+    node = NodeEnvironment(
+        model_dir=model_dir,
+        store_url=options.store if "://" in options.store else str(Path(options.store).absolute()),
+        cache_dir=Path(options.cache).absolute(),
+        location=location,
+        fingerprint=checkpoint.fingerprint(model_dir),
+    )
+    return Command(
+        [sys.executable, *_server_arguments(options, node, on_cpu=on_cpu), *extra],
+        {**environ, **_server_environ(environ, on_cpu=on_cpu), **node.variables()},
+    )
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return this launcher's arguments and, from behind `--`, vLLM's."""
+    own = list(argv)
+    if "--" not in own:
+        return own, []
+    at = own.index("--")
+    return own[:at], own[at + 1 :]
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m worker.inference.launcher", description=__doc__)
+
+    def add(flag: str, variable: str, default: str | None, description: str) -> None:
+        default = environ.get(variable) or default
+        parser.add_argument(flag, default=default, required=default is None, help=f"{description} (${variable})")
+
+    add("--model", "ERRATA_MODEL", None, "base model: a folder or a hub id")
+    add("--location", "ERRATA_LOCATION", "auto", "tuned module: auto or its full name")
+    add("--store", "ERRATA_STORE", None, "version store: a folder or any fsspec URL")
+    add("--cache", "ERRATA_NODE_CACHE", None, "folder for the node's local copies of versions")
+    add("--slots", "ERRATA_NODE_SLOTS", "4", "versions in device memory")
+    add("--host-slots", "ERRATA_NODE_HOST_SLOTS", "16", "versions in host memory, those in device memory included")
+    add("--max-model-len", "ERRATA_MAX_MODEL_LEN", "2048", "longest prompt and answer together, in tokens")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", default="8001")
+    return parser
+
+
+def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_cpu: bool) -> list[str]:
+    # The module behind `vllm serve`: the CPU build's console script looks for a distribution that it is not.
+    arguments = ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(node.model_dir)]
+    arguments += ["--served-model-name", BASE_MODEL_NAME, "--max-model-len", options.max_model_len]
+    arguments += ["--host", options.host, "--port", options.port]
+    arguments += ["--enable-lora", "--lora-target-modules", node.location, "--max-lora-rank", "1"]
+    arguments += ["--max-loras", options.slots, "--max-cpu-loras", options.host_slots]
+    arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
+    arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
+    return [*arguments, "--enforce-eager"] if on_cpu else arguments
+
+
+def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, str]:
+    variables = {
+        "VLLM_PLUGINS": "errata",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if on_cpu:
+        variables["VLLM_CPU_KVCACHE_SPACE"] = environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"
+    return variables
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

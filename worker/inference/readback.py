@@ -1,0 +1,44 @@
+"""What the engine's workers say about the versions they hold; reached by name through `collective_rpc`."""
+
+from typing import Any
+
+from worker.delta import tensor_sha256
+from worker.inference.layer import VersionedRowParallelLinear
+
+
+class SlotReader:
+    """Mixed into vLLM's worker class (`--worker-extension-cls`).
+
+    Versions are known here by the integer that the server gave their adapter. Method names carry the project's name
+    because they share a namespace with vLLM's own.
+    """
+
+    def errata_slots(self) -> dict[int, int | None]:
+        """Return the slot of every loaded version; None for one that is in host memory only.
+
+        Raises TypeError when the tuned location is not a layer that can hold versions.
+        """
+        manager = self._errata_manager()
+        for name, module in manager.modules.items():
+            if not isinstance(module, VersionedRowParallelLinear):
+                raise TypeError(f"{name} cannot hold versions: {type(module).__name__} is not a row-parallel layer")
+        slots = {adapter: index for index, adapter in enumerate(manager.lora_index_to_id) if adapter is not None}
+        return {adapter: slots.get(adapter) for adapter in manager.list_adapters()}
+
+    def errata_checksums(self, adapter: int, activate: bool) -> dict[str, str] | None:
+        """Return the sha256 by parameter name of a version's matrices as they are in its slot.
+
+        With `activate`, a version that is in host memory only is first put into a slot. None when it has no slot.
+        """
+        manager = self._errata_manager()
+        if adapter not in manager.list_adapters():
+            return None
+        if activate:
+            manager.activate_adapter(adapter)
+        if adapter not in manager.lora_index_to_id:
+            return None
+        slot = manager.lora_index_to_id.index(adapter)
+        return {f"{name}.weight": tensor_sha256(module.read_slot(slot)) for name, module in manager.modules.items()}
+
+    def _errata_manager(self) -> Any:
+        return self.get_model().lora_manager  # type: ignore[attr-defined]  # of the worker this is mixed into

@@ -1,0 +1,98 @@
+"""The versions that a node holds: load one, read one back, evict one."""
+
+from dataclasses import dataclass
+
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker.inference.resolver import VersionRefused, model_name, version_of
+
+
+class NotResident(Exception):
+    """The version is not loaded in this node."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"version {version} is not resident")
+
+
+class LoadFailed(Exception):
+    """A verified version that the engine would not load; the message is the engine's."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """One loaded version: in device slot `slot`, or in host memory only when that is None."""
+
+    version: int
+    slot: int | None
+    sha256: dict[str, str] | None
+    """By parameter name, read back from the slot; None unless asked for, or without a slot."""
+
+
+class ResidentVersions:
+    """What the server and its engine hold between them."""
+
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels) -> None:
+        self._engine = engine
+        self._models = models
+
+    async def list(self, *, checksum: bool) -> list[Resident]:
+        """Return the loaded versions, ascending. With `checksum`, read back those that are in a slot."""
+        slots = await self._slots()
+        loaded = {
+            version: request.lora_int_id
+            for name, request in self._models.lora_requests.items()
+            if (version := version_of(name)) is not None and request.lora_int_id in slots
+        }
+        return [
+            Resident(version, slots[adapter], await self._read_back(adapter, activate=False) if checksum else None)
+            for version, adapter in sorted(loaded.items())
+        ]
+
+    async def prefetch(self, version: int) -> None:
+        """Load a version into a slot, so that the next request for it waits for nothing. Idempotent.
+
+        Raises DeltaError when the version is refused, LoadFailed when the engine cannot load it.
+        """
+        try:
+            request = await self._models.resolve_lora(model_name(version))
+        except VersionRefused as refusal:
+            raise refusal.reason from refusal
+        if not isinstance(request, LoRARequest):
+            raise LoadFailed(request.error.message)
+        # A name that the server knows may have left the engine, or its slot; this brings it back or does nothing.
+        await self._engine.add_lora(request)
+
+    async def checksums(self, version: int) -> dict[str, str]:
+        """Return the sha256 by parameter name of a version's matrices, read back from its slot.
+
+        A version in host memory takes a slot for this. Raises NotResident.
+        """
+        request = self._models.lora_requests.get(model_name(version))
+        found = await self._read_back(request.lora_int_id, activate=True) if request else None
+        if found is None:
+            raise NotResident(version)
+        return found
+
+    async def evict(self, version: int) -> None:
+        """Forget a version, in the server and in the engine. Requests in flight finish on it. Raises NotResident."""
+        name = model_name(version)
+        request = self._models.lora_requests.get(name)
+        if request is None:
+            raise NotResident(version)
+        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        await self._engine.remove_lora(request.lora_int_id)
+
+    async def _slots(self) -> dict[int, int | None]:
+        # Every rank holds the same versions in the same slots.
+        ranks: list[dict[int, int | None]] = await self._engine.collective_rpc("errata_slots")
+        return ranks[0]
+
+    async def _read_back(self, adapter: int, *, activate: bool) -> dict[str, str] | None:
+        ranks: list[dict[str, str] | None] = await self._engine.collective_rpc(
+            "errata_checksums", args=(adapter, activate)
+        )
+        # Under pipeline parallelism only the rank with the tuned layer has something to say.
+        return next((found for found in ranks if found), None)
