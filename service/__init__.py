@@ -1,0 +1,1 @@
+"""The control plane: API, gateway, stores, reconciler, CLI and SDK. No torch in this process."""

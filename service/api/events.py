@@ -1,0 +1,29 @@
+"""The event stream as server-sent events."""
+
+from collections.abc import AsyncIterable
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from service.api.dependencies import PartsDep
+from service.api.errors import RESPONSES
+from service.events import NEWEST, follow
+
+router = APIRouter(tags=["events"], responses=RESPONSES)
+
+_ID = r"^(\$|\d{1,20}(-\d{1,20})?)$"
+
+
+@router.get("/events", response_class=EventSourceResponse)
+async def events(
+    parts: PartsDep,
+    after: Annotated[
+        str | None, Query(pattern=_ID, description="Start behind this id; `0` from the oldest kept")
+    ] = None,
+    last_event_id: Annotated[str | None, Header(pattern=_ID)] = None,
+) -> AsyncIterable[ServerSentEvent]:
+    """Edits, runs, versions: each change as it happens. A client that reconnects goes on where it was."""
+    async for event in follow(parts.async_redis, last_event_id or after or NEWEST):
+        if event:
+            yield ServerSentEvent(id=event.id, event=event.type, data=event.data)

@@ -1,0 +1,80 @@
+"""Which version a request means: ``errata`` the active one, ``errata@N`` that one."""
+
+import re
+
+from service.errors import InvalidRequestError, NotFoundError, UnavailableError, VersionNotReachedError
+from service.registry import VersionRegistry
+from service.schemas import Schema, VersionState
+
+ACTIVE_MODEL = "errata"
+_NAMED = re.compile(r"errata@(0|[1-9]\d{0,14})")
+MIN_VERSION_HEADER = "X-Errata-Min-Version"
+
+
+class Model(Schema):
+    """A model in OpenAI's shape."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "errata"
+
+
+class ModelList(Schema):
+    """All models in OpenAI's shape."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+def resolve(registry: VersionRegistry, model: object, min_version: str | None) -> int:
+    """The number of the version that a request asks for, at its admission.
+
+    Args:
+        registry: where the pointer is.
+        model: the request's ``model``.
+        min_version: the ``X-Errata-Min-Version`` header.
+
+    Raises:
+        InvalidRequestError: the model is no text, or the header no number.
+        NotFoundError: no such model, or one that was never verified.
+        UnavailableError: version 0 is not there yet.
+        VersionNotReachedError: the version is older than the header demands.
+    """
+    if not isinstance(model, str):
+        raise InvalidRequestError("model: must be a string", param="model")
+    number = _active(registry) if model == ACTIVE_MODEL else _named(registry, model)
+    if min_version is not None:
+        if not re.fullmatch(r"\d{1,15}", min_version):
+            raise InvalidRequestError("must be a version number", param=MIN_VERSION_HEADER)
+        if number < int(min_version):
+            raise VersionNotReachedError(
+                f"version {number} answers; the request demands {min_version} or later", param=MIN_VERSION_HEADER
+            )
+    return number
+
+
+def served(registry: VersionRegistry) -> ModelList:
+    """``errata`` and every version that can be asked for by name."""
+    records, _ = registry.page(after=None, limit=1000)
+    verified = [record for record in records if record.state is VersionState.VERIFIED]
+    data = [Model(id=f"{ACTIVE_MODEL}@{record.version}", created=record.created_at) for record in verified]
+    if active := registry.active():
+        data.insert(0, Model(id=ACTIVE_MODEL, created=registry.get(active.active).created_at))
+    return ModelList(data=data)
+
+
+def _active(registry: VersionRegistry) -> int:
+    if (activation := registry.active()) is None:
+        raise UnavailableError("version 0 is not written yet", code="no_version")
+    return activation.active
+
+
+def _named(registry: VersionRegistry, model: str) -> int:
+    unknown = NotFoundError(f"no model {model[:100]!r}", param="model", code="model_not_found")
+    if not (match := _NAMED.fullmatch(model)):
+        raise unknown
+    number = int(match.group(1))
+    if not registry.exists(number) or registry.get(number).state is not VersionState.VERIFIED:
+        raise unknown
+    return number

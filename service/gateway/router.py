@@ -1,0 +1,92 @@
+"""The OpenAI-compatible routes: an allow-list, and nothing else reaches a node."""
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from service.api.dependencies import Parts, PartsDep
+from service.api.errors import RESPONSES
+from service.errors import ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
+from service.gateway.models import MIN_VERSION_HEADER, Model, ModelList, resolve, served
+from service.gateway.proxy import VERSION_HEADER, Proxy
+
+router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
+
+MinVersion = Annotated[
+    str | None, Header(alias=MIN_VERSION_HEADER, description="Answer from this version or a later one")
+]
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {"model": {"type": "string", "description": "`errata`, `errata@N`, `errata@0`"}},
+                }
+            }
+        },
+    },
+    "responses": {
+        "200": {
+            "description": "OpenAI's answer, whole or as server-sent events",
+            "headers": {VERSION_HEADER: {"schema": {"type": "integer"}, "description": "The version that answered"}},
+            "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+        }
+    },
+}
+
+
+@router.get("/models")
+def list_models(parts: PartsDep) -> ModelList:
+    """``errata`` and every verified version by name."""
+    return served(parts.stores.registry)
+
+
+@router.get("/models/{model}")
+def get_model(model: str, parts: PartsDep) -> Model:
+    """One model."""
+    for found in served(parts.stores.registry).data:
+        if found.id == model:
+            return found
+    raise NotFoundError(f"no model {model[:100]!r}", param="model", code="model_not_found")
+
+
+@router.post("/completions", openapi_extra=_BODY)
+async def completions(request: Request, parts: PartsDep, min_version: MinVersion = None) -> Response:
+    """OpenAI's completions, answered by exactly one version."""
+    return await _forward(request, parts, "/v1/completions", min_version)
+
+
+@router.post("/chat/completions", openapi_extra=_BODY)
+async def chat_completions(request: Request, parts: PartsDep, min_version: MinVersion = None) -> Response:
+    """OpenAI's chat completions, answered by exactly one version."""
+    return await _forward(request, parts, "/v1/chat/completions", min_version)
+
+
+async def _forward(request: Request, parts: Parts, path: str, min_version: str | None) -> Response:
+    body = _object(await request.body())
+    if "model" not in body:
+        raise InvalidRequestError("model: field required", param="model", code="missing_field")
+    version = await run_in_threadpool(resolve, parts.stores.registry, body["model"], min_version)
+    proxy: Proxy = request.app.state.proxy
+    try:
+        return await proxy.forward(path, body, version)
+    except ErrataError as error:
+        error.headers[VERSION_HEADER] = str(version)
+        raise
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(content)
+        content.decode().encode()
+        json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MalformedRequestError(f"the body is not JSON: {type(error).__name__}") from error
+    if not isinstance(body, dict):
+        raise MalformedRequestError("the body must be a JSON object")
+    return body

@@ -1,0 +1,53 @@
+"""Names of the Redis keys, one class for each noun. ``…`` stands for an id, a status, a version number or a hash."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class EditKeys:
+    """Keys that EditStore owns."""
+
+    edit: str = "errata:edit:"  # … id: hash of one edit
+    edits: str = "errata:edits"  # sorted set of all ids by sequence number
+    edits_in: str = "errata:edits:in:"  # … status: sorted set of ids by sequence number
+    seq: str = "errata:edits:seq"  # last sequence number given
+    prompt: str = "errata:edits:prompt:"  # … SHA-256 of the normalised prompt: set of ids
+    idempotency: str = "errata:idempotency:"  # … SHA-256 of the key: hash of body digest and ids; expires
+
+
+@dataclass(frozen=True)
+class VersionKeys:
+    """Keys that VersionRegistry owns."""
+
+    version: str = "errata:version:"  # … number: JSON record
+    versions: str = "errata:versions"  # sorted set of committed numbers
+    version_edits: str = "errata:version_edits:"  # … number: bitmap over the edits' sequence numbers
+    version_seq: str = "errata:versions:seq"  # last number given
+    active: str = "errata:active"  # hash: version, previous, epoch
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """Keys that RunStore owns."""
+
+    run: str = "errata:run:"  # … id: hash of one run
+    runs: str = "errata:runs"  # sorted set of all ids by creation
+    run_seq: str = "errata:runs:seq"
+    next: str = "errata:runs:next"  # id of the one queued run
+    current: str = "errata:runs:current"  # id of the one run under way
+    token: str = "errata:runs:token"  # noqa: S105 - the last fencing token given
+    lease: str = "errata:runs:lease"  # the current run's token, expiring unless renewed
+    hold: str = "errata:runs:hold"  # a cancelled run stopped the triggers until there is news
+    workers: str = "errata:workers"  # sorted set of train workers by last heartbeat, Unix seconds
+
+
+@dataclass(frozen=True)
+class EventKeys:
+    """Keys that EventStream owns."""
+
+    events: str = "errata:events"
+
+
+def all_keys() -> dict[str, str]:
+    """Every key by its field's name, as the scripts want them."""
+    return {**asdict(EditKeys()), **asdict(VersionKeys()), **asdict(RunKeys()), **asdict(EventKeys())}

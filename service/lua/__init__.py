@@ -1,0 +1,29 @@
+"""Redis scripts: what must happen at once or not at all. Each runs with ``prelude.lua`` in front.
+
+A script gets two JSON arguments, the context (keys, the status table, the time) and its own payload, and answers JSON.
+Keys are computed inside the scripts, so the store wants one Redis, not a cluster.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from redis import Redis
+
+Context = Callable[[], Mapping[str, Any]]
+
+
+class Script:
+    """One script, loaded once and called by its hash."""
+
+    def __init__(self, redis: Redis, name: str, context: Context) -> None:
+        source = files(__name__)
+        self._context = context
+        self._script = redis.register_script(
+            source.joinpath("prelude.lua").read_text() + source.joinpath(f"{name}.lua").read_text()
+        )
+
+    def __call__(self, payload: Mapping[str, Any]) -> Any:
+        """Runs the script atomically and returns its decoded answer."""
+        return json.loads(self._script(args=[json.dumps(self._context()), json.dumps(payload)]))

@@ -1,0 +1,13 @@
+-- Registers a version that is whole in the version store. Only the run with the newest fencing token may.
+if payload.token ~= cjson.null and redis.call('GET', keys.token) ~= tostring(payload.token) then
+  return '{"refused":"fenced"}'
+end
+if redis.call('EXISTS', keys.version .. payload.version) == 1 then return '{"refused":"exists"}' end
+redis.call('DEL', keys.version_edits .. payload.version)
+for _, id in ipairs(payload.members) do
+  redis.call('SETBIT', keys.version_edits .. payload.version, field(id, 'seq'), 1)
+end
+redis.call('SET', keys.version .. payload.version, payload.record)
+redis.call('ZADD', keys.versions, payload.version, payload.version)
+emit('version.committed', {version = payload.version, edits = #payload.members})
+return '{}'

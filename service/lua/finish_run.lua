@@ -1,0 +1,9 @@
+-- Ends a run once; the place of the current run is free again.
+local run = keys.run .. payload.run
+local status = redis.call('HGET', run, 'status')
+if status ~= 'queued' and status ~= 'training' and status ~= 'verifying' then return '{"ended":true}' end
+redis.call('HSET', run, 'status', payload.status, 'phase', '', 'error', payload.error, 'finished_at', context.now)
+if redis.call('GET', keys.current) == payload.run then redis.call('DEL', keys.current, keys.lease) end
+if redis.call('GET', keys.next) == payload.run then redis.call('DEL', keys.next) end
+emit('run.' .. payload.status, {id = payload.run, version = tonumber(redis.call('HGET', run, 'version'))})
+return '{}'

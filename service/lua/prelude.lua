@@ -1,0 +1,39 @@
+-- Shared by every script: the context, the event stream, and the one way to move an edit.
+local context = cjson.decode(ARGV[1])
+local payload = cjson.decode(ARGV[2])
+local keys = context.keys
+
+local function emit(type, data)
+  redis.call('XADD', keys.events, 'MAXLEN', '~', context.events_max, '*', 'type', type, 'data', cjson.encode(data))
+end
+
+-- cjson writes an empty table as {}; lists go through here.
+local function list(values)
+  if #values == 0 then return '[]' end
+  return cjson.encode(values)
+end
+
+local function in_status(status)
+  return redis.call('ZRANGE', keys.edits_in .. status, 0, -1)
+end
+
+local function field(id, name)
+  return redis.call('HGET', keys.edit .. id, name) or ''
+end
+
+local function in_version(version, id)
+  return redis.call('GETBIT', keys.version_edits .. version, field(id, 'seq')) == 1
+end
+
+-- Moves an edit if the status table allows it; returns whether it did.
+local function move(id, to, fields)
+  local from = field(id, 'status')
+  if not (context.transitions[from] and context.transitions[from][to]) then return false end
+  local key = keys.edit .. id
+  redis.call('HSET', key, 'status', to, 'updated_at', context.now)
+  for name, value in pairs(fields or {}) do redis.call('HSET', key, name, value) end
+  redis.call('ZREM', keys.edits_in .. from, id)
+  redis.call('ZADD', keys.edits_in .. to, redis.call('HGET', key, 'seq'), id)
+  emit('edit.' .. to, {id = id, status = to, from = from, version = tonumber(field(id, 'version'))})
+  return true
+end

@@ -1,0 +1,45 @@
+-- Makes the edits agree with the active version. Reads the pointer itself, so it may run at any time and any number of
+-- times; the last move of the pointer wins.
+local active = redis.call('HGET', keys.active, 'version') or '0'
+local moved = {}
+local function to(id, status, fields)
+  if move(id, status, fields) then moved[#moved + 1] = id end
+end
+
+for _, id in ipairs(in_status('trained')) do
+  if in_version(active, id) then
+    if field(id, 'verdict') == 'matched' then
+      to(id, 'live', {run = '', error = ''})
+    elseif tonumber(field(id, 'attempts')) >= payload.max_attempts then
+      to(id, 'failed', {run = '', error = payload.unverified})
+    else
+      to(id, 'queued', {run = '', error = payload.unverified})
+    end
+  end
+end
+for _, id in ipairs(in_status('live')) do
+  local by = field(id, 'superseded_by')
+  if by ~= '' and in_version(active, by) then
+    to(id, 'superseded')
+  elseif not in_version(active, id) then
+    to(id, 'held')
+  end
+end
+for _, id in ipairs(in_status('held')) do
+  if field(id, 'verdict') == 'matched' and in_version(active, id) then to(id, 'live') end
+end
+-- What the rollback went back to is the pair (weights, edit set): an edit whose successor was rolled back stands again.
+for _, id in ipairs(in_status('superseded')) do
+  local by = field(id, 'superseded_by')
+  if field(id, 'verdict') == 'matched' and in_version(active, id) and not in_version(active, by)
+    and field(by, 'status') == 'held' then
+    to(id, 'live')
+  end
+end
+for _, id in ipairs(in_status('retracting')) do
+  if field(id, 'run') == '' and not in_version(active, id) then
+    redis.call('SREM', keys.prompt .. field(id, 'prompt_key'), id)
+    to(id, 'retracted')
+  end
+end
+return list(moved)

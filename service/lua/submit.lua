@@ -1,0 +1,32 @@
+-- Stores edits, all or none; an idempotency key that is known answers with what it stored.
+local once = payload.idempotency
+if once ~= cjson.null and once then
+  local known = redis.call('HMGET', keys.idempotency .. once.key, 'body', 'ids')
+  if known[1] then
+    if known[1] ~= once.body then return '{"reused":true}' end
+    return '{"ids":' .. known[2] .. '}'
+  end
+end
+
+local ids = {}
+for _, edit in ipairs(payload.edits) do
+  local seq = redis.call('INCR', keys.seq)
+  redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record, 'target', edit.target,
+    'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now)
+  redis.call('ZADD', keys.edits, seq, edit.id)
+  redis.call('ZADD', keys.edits_in .. 'queued', seq, edit.id)
+  emit('edit.queued', {id = edit.id, status = 'queued'})
+  local same_prompt = keys.prompt .. edit.prompt_key
+  for _, other in ipairs(redis.call('SMEMBERS', same_prompt)) do
+    if field(other, 'target') ~= edit.target then move(other, 'superseded', {superseded_by = edit.id}) end
+  end
+  redis.call('SADD', same_prompt, edit.id)
+  ids[#ids + 1] = edit.id
+end
+
+if once ~= cjson.null and once then
+  local key = keys.idempotency .. once.key
+  redis.call('HSET', key, 'body', once.body, 'ids', list(ids))
+  redis.call('EXPIRE', key, once.ttl_s)
+end
+return '{"ids":' .. list(ids) .. '}'

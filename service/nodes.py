@@ -1,0 +1,119 @@
+"""NodeClient: what a node holds, prefetch, ask. One object for one vLLM server; synchronous, for the reconciler."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import httpx
+
+from service.errors import ErrataError, UnavailableError
+from service.schemas import Format
+from service.settings import Settings
+
+_CONTROL_TIMEOUT_S = 15.0
+_ROUTES: Mapping[Format, str] = MappingProxyType({Format.RAW: "/v1/completions", Format.CHAT: "/v1/chat/completions"})
+
+
+def version_name(version: int) -> str:
+    """The model name by which a node serves a version."""
+    return f"errata@{version}"
+
+
+class NodeRefusedError(ErrataError):
+    """The node is there and refuses the version: damaged, of another base, of another shape, unknown."""
+
+    status = 502
+    type = "node_error"
+    default_code = "node_refused"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node said."""
+
+    text: str
+    finish_reason: str
+
+
+class NodeClient:
+    """One node."""
+
+    def __init__(
+        self, address: str, *, token: str, timeout_s: float, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._http = httpx.Client(
+            base_url=address,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_CONTROL_TIMEOUT_S,
+            transport=transport,
+        )
+
+    @classmethod
+    def all(cls, settings: Settings) -> list["NodeClient"]:
+        """A client for each configured node."""
+        token = settings.node_token.get_secret_value()
+        return [cls(address, token=token, timeout_s=settings.node_timeout_s) for address in settings.nodes]
+
+    def ready(self) -> bool:
+        """Whether the node serves."""
+        try:
+            return self._http.get("/health", timeout=2.0).is_success
+        except httpx.HTTPError:
+            return False
+
+    def resident(self) -> list[int]:
+        """Numbers of the versions that the node holds.
+
+        Raises:
+            UnavailableError: the node does not answer.
+        """
+        return [entry["version"] for entry in self._call("GET", "/errata/versions")["resident"]]
+
+    def prefetch(self, version: int) -> float:
+        """Makes the node hold a version; returns the seconds that loading took.
+
+        Raises:
+            NodeRefusedError: the node refuses it.
+            UnavailableError: the node does not answer.
+        """
+        return float(self._call("POST", f"/errata/versions/{version}/prefetch")["load_s"])
+
+    def ask(self, version: int, prompt: str, form: Format, *, max_tokens: int) -> Answer:
+        """The node's greedy answer at a version, in one format.
+
+        Raises:
+            NodeRefusedError: the node refuses the request.
+            UnavailableError: the node does not answer.
+        """
+        body: dict[str, Any] = {"model": version_name(version), "temperature": 0, "max_tokens": max_tokens}
+        if form is Format.RAW:
+            body["prompt"] = prompt
+        else:
+            body["messages"] = [{"role": "user", "content": prompt}]
+        choice = self._call("POST", _ROUTES[form], json=body, timeout=self._timeout_s)["choices"][0]
+        text = choice["text"] if form is Format.RAW else choice["message"]["content"]
+        return Answer(text or "", choice["finish_reason"])
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise UnavailableError(
+                f"node {self.address} does not answer: {error!r}", code="node_unavailable"
+            ) from error
+        if not response.is_success:
+            self._refuse(response)
+        return response.json()
+
+    def _refuse(self, response: httpx.Response) -> NoReturn:
+        try:
+            detail = response.json()["error"]
+            message, code = detail["message"], str(detail.get("code") or "node_refused")
+        except (ValueError, KeyError, TypeError):
+            message, code = response.text[:200], "node_refused"
+        if response.status_code >= 500:
+            raise UnavailableError(f"node {self.address}: {message}", code="node_unavailable")
+        raise NodeRefusedError(f"node {self.address}: {message}", code=code)

@@ -1,0 +1,246 @@
+"""Reconciler: every ready node holds the active version, the pointer moves only when that is so, and runs follow edits.
+
+Level-triggered: each step compares what is with what should be, so a step that was lost is made at the next tick.
+It owns the pointer's moves. It does not train and does not know the delta's format.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from redis.exceptions import LockError
+
+from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.nodes import NodeClient, NodeRefusedError
+from service.queue import TaskQueue
+from service.registry import OvertakenError
+from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
+from service.settings import Settings
+from service.stores import Stores
+from service.verification import Demand, Verdict, sample, verify
+
+log = logging.getLogger(__name__)
+
+_PUBLISH_LOCK = "errata:lock:publish"
+_PUBLISH_LOCK_S = 600.0
+
+
+class Reconciler:
+    """Brings nodes, pointer, edits and runs together."""
+
+    def __init__(
+        self,
+        stores: Stores,
+        nodes: Sequence[NodeClient],
+        queue: TaskQueue,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._stores = stores
+        self._nodes = nodes
+        self._queue = queue
+        self._settings = settings
+        self._clock = clock
+
+    def ready_nodes(self) -> list[NodeClient]:
+        """The nodes that serve now."""
+        return [node for node in self._nodes if node.ready()]
+
+    def activate(self, version: int, *, expected_active: int | None = None) -> Activation:
+        """Makes a verified version resident on every ready node, then moves the pointer to it.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: it is not verified, or another version is active than expected.
+            UnavailableError: no node is ready, or one stopped answering.
+            NodeRefusedError: a node refuses the version.
+        """
+        record = self._stores.registry.get(version)
+        if record.state is not VersionState.VERIFIED:
+            raise ConflictError(
+                f"version {version} is {record.state}, not verified", param="version", code="version_not_verified"
+            )
+        self._prefetch(self._require_nodes(), version)
+        activation = self._stores.registry.activate(version, expected_active=expected_active)
+        self._stores.edits.settle()
+        return activation
+
+    def roll_back(self, to: int | None) -> Activation:
+        """Activates an older version; without a number the one that was active before.
+
+        Raises:
+            ConflictError: there is no version before the active one.
+        """
+        if to is None:
+            active = self._stores.registry.active()
+            if active is None or active.previous is None:
+                raise ConflictError("no version was active before this one", param="to", code="nothing_to_roll_back")
+            to = active.previous
+        return self.activate(to)
+
+    def holders(self, version: int) -> list[str]:
+        """Addresses of the ready nodes that hold a version."""
+        return [node.address for node in self.ready_nodes() if version in node.resident()]
+
+    def publish(self, run_id: str) -> None:
+        """Verifies the version of a run on a node and makes it active, or gives its edits back.
+
+        Does nothing if another process is at it, or no node is ready; the next tick tries again.
+        """
+        lock = self._stores.redis.lock(_PUBLISH_LOCK, timeout=_PUBLISH_LOCK_S, blocking=False)
+        if not lock.acquire():
+            return
+        try:
+            run = self._stores.runs.get(run_id)
+            if run.status is RunStatus.VERIFYING:
+                self._publish(run)
+        except UnavailableError as error:
+            log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
+        finally:
+            try:
+                lock.release()
+            except LockError:
+                log.warning("publish.lock_expired", extra={"run": run_id})
+        self.pull()
+
+    def tick(self) -> None:
+        """One look at everything; called every few seconds."""
+        self._heal_nodes()
+        self._take_over_lost_run()
+        self._stores.edits.settle()
+        self.pull()
+        self._resend_lost_message()
+
+    def pull(self) -> None:
+        """Requests a run if the trigger says so."""
+        if self._due():
+            self.request_run(self._settings.trigger)
+
+    def request_run(self, trigger: Trigger) -> Run:
+        """The queued run, enqueued if it is new."""
+        run, created = self._stores.runs.request(trigger)
+        if created:
+            self._queue.train(run.id)
+        return run
+
+    def _due(self) -> bool:
+        runs, settings = self._stores.runs, self._settings
+        if settings.trigger is Trigger.MANUAL or runs.on_hold() or runs.queued() or runs.current():
+            return False
+        counts = self._stores.edits.counts()
+        queued, retracting = counts[EditStatus.QUEUED], counts[EditStatus.RETRACTING]
+        if not queued and not retracting:
+            return False
+        now, newest = self._clock(), runs.newest()
+        idle_s = now - (newest.finished_at or now) if newest else now
+        if newest and newest.status is RunStatus.FAILED and idle_s < settings.retry_wait_s:
+            return False
+        match settings.trigger:
+            case Trigger.BATCH:
+                oldest = self._stores.edits.oldest_queued_at() or now
+                return (
+                    queued >= settings.trigger_batch_edits
+                    or retracting > 0
+                    or now - oldest >= settings.trigger_max_wait_s
+                )
+            case Trigger.INTERVAL:
+                return idle_s >= settings.trigger_interval_s
+            case _:
+                return True
+
+    def _publish(self, run: Run) -> None:
+        registry, edits = self._stores.registry, self._stores.edits
+        version = run.version
+        if version is None:
+            raise NotFoundError(f"run {run.id} is verifying and has no version", code="version_not_found")
+        new = edits.in_status(EditStatus.TRAINED)
+        nodes = self._require_nodes()
+        began = self._clock()
+        try:
+            self._prefetch(nodes, version)
+            loaded = self._clock()
+            verdict = self._verify(nodes[0], version, new)
+        except NodeRefusedError as error:
+            self._reject(run, version, EditError(code=error.code, message=error.message))
+            return
+        for edit_id, outcomes in verdict.outcomes.items():
+            edits.record_verification(edit_id, outcomes)
+        self._stores.runs.add_timing(run.id, "load", loaded - began)
+        self._stores.runs.add_timing(run.id, "verify", self._clock() - loaded)
+        if verdict.reasons:
+            self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
+            return
+        registry.mark(version, VersionState.VERIFIED)
+        try:
+            registry.activate(version, expected_epoch=run.epoch_of_activation)
+        except OvertakenError as error:
+            # What users rolled back to stands; the version is kept and can be activated by name.
+            edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
+            self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
+            return
+        edits.settle()
+        edits.unclaim(run.id)
+        self._end(run, RunStatus.SUCCEEDED)
+
+    def _verify(self, node: NodeClient, version: int, new: Sequence[Edit]) -> Verdict:
+        registry, settings = self._stores.registry, self._settings
+        active = registry.active()
+        older = [edit for edit in self._stores.edits.in_status(EditStatus.LIVE) if edit.verified]
+        return verify(
+            node,
+            version=version,
+            active=active.active if active else 0,
+            new=new,
+            older=sample(older, settings.verify_sample, seed=version),
+            formats=registry.get(version).formats,
+            demand=Demand(settings.verify_min_new, settings.verify_min_kept),
+        )
+
+    def _reject(self, run: Run, version: int, error: EditError) -> None:
+        self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
+        self._stores.edits.unclaim(run.id, error=error)
+        self._end(run, RunStatus.FAILED, error)
+
+    def _end(self, run: Run, status: RunStatus, error: EditError | None = None) -> None:
+        self._stores.runs.finish(run.id, status, error=error)
+        self._stores.edits.settle()
+        log.info("run.ended", extra={"run": run.id, "status": status, "version": run.version})
+
+    def _require_nodes(self) -> list[NodeClient]:
+        if not (nodes := self.ready_nodes()):
+            raise UnavailableError("no node is ready", code="no_ready_node")
+        return nodes
+
+    def _prefetch(self, nodes: Sequence[NodeClient], version: int) -> None:
+        with ThreadPoolExecutor(len(nodes)) as pool:
+            list(pool.map(lambda node: node.prefetch(version), nodes))
+
+    def _heal_nodes(self) -> None:
+        active = self._stores.registry.active()
+        if active is None:
+            return
+        for node in self.ready_nodes():
+            try:
+                if active.active not in node.resident():
+                    node.prefetch(active.active)
+                    log.info("node.healed", extra={"node": node.address, "version": active.active})
+            except (NodeRefusedError, UnavailableError) as error:
+                log.error("node.not_healed", extra={"node": node.address, "reason": error.message})
+
+    def _take_over_lost_run(self) -> None:
+        run = self._stores.runs.current()
+        if run is None:
+            return
+        if run.status is RunStatus.VERIFYING:
+            self.publish(run.id)
+        elif not self._stores.runs.leased():
+            error = EditError(code="worker_lost", message="the train worker of the run died")
+            self._stores.edits.unclaim(run.id, error=error)
+            self._end(run, RunStatus.FAILED, error)
+
+    def _resend_lost_message(self) -> None:
+        run = self._stores.runs.queued()
+        if run and not self._stores.runs.current() and self._queue.train_is_empty():
+            self._queue.train(run.id)

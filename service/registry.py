@@ -1,0 +1,171 @@
+"""VersionRegistry: committed versions, their edit sets, and the one pointer to the active version.
+
+It owns versions. Edit sets are bitmaps over the edits' sequence numbers: 10,000 edits are 1.25 kB a version.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from redis import Redis
+from redis.client import NEVER_DECODE
+
+from service.errors import ConflictError, NotFoundError
+from service.keys import VersionKeys, all_keys
+from service.lua import Script
+from service.schemas import Activation, Version, VersionRecord, VersionState
+
+
+class FencedError(ConflictError):
+    """A newer run has begun; this one may not commit."""
+
+    default_code = "fenced"
+
+
+class OvertakenError(ConflictError):
+    """The pointer moved since the caller looked."""
+
+    default_code = "active_version_changed"
+
+
+class VersionRegistry:
+    """Versions and the active pointer."""
+
+    def __init__(self, redis: Redis, *, events_max: int, clock: Callable[[], float] = time.time) -> None:
+        self._redis = redis
+        self._keys = VersionKeys()
+
+        def context() -> Mapping[str, Any]:
+            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
+
+        self._commit = Script(redis, "commit", context)
+        self._activate = Script(redis, "activate", context)
+
+    def next_number(self) -> int:
+        """A number that no version had or will have; a run that fails leaves a gap."""
+        return self._redis.incr(self._keys.version_seq)
+
+    def commit(self, record: VersionRecord, members: Sequence[str], *, token: int | None) -> None:
+        """Makes a version visible whose folder is whole.
+
+        Args:
+            record: what to keep of it.
+            members: ids of its edit set.
+            token: the run's fencing token; None only for version 0.
+
+        Raises:
+            FencedError: a newer run has begun.
+            ConflictError: the number is taken.
+        """
+        payload = {
+            "version": record.version,
+            "record": record.model_dump_json(),
+            "members": list(members),
+            "token": token,
+        }
+        match self._commit(payload).get("refused"):
+            case "fenced":
+                raise FencedError(f"version {record.version} comes from a run that was replaced")
+            case "exists":
+                raise ConflictError(f"version {record.version} is committed already", code="version_exists")
+
+    def get(self, number: int) -> VersionRecord:
+        """One version's record.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        raw = cast(str | None, self._redis.get(f"{self._keys.version}{number}"))
+        if raw is None:
+            raise NotFoundError(f"no version {number}", param="version", code="version_not_found")
+        return VersionRecord.model_validate_json(raw)
+
+    def exists(self, number: int) -> bool:
+        """Whether the version is committed."""
+        return bool(self._redis.exists(f"{self._keys.version}{number}"))
+
+    def page(self, *, after: int | None, limit: int) -> tuple[list[VersionRecord], bool]:
+        """Newest first, after the given number; and whether there are more."""
+        top = "+inf" if after is None else f"({after}"
+        numbers = self._redis.zrevrangebyscore(self._keys.versions, top, "-inf", start=0, num=limit + 1)
+        found = [self.get(int(number)) for number in cast(list[str], numbers)]
+        return found[:limit], len(found) > limit
+
+    def shown(self, record: VersionRecord, *, resident: Sequence[str] = ()) -> Version:
+        """A record as the API shows it."""
+        active = self.active()
+        return Version(
+            **record.model_dump(),
+            active=active is not None and active.active == record.version,
+            resident=list(resident),
+        )
+
+    def mark(self, number: int, state: VersionState, *, reason: str | None = None) -> None:
+        """Records the outcome of a version's verification."""
+        record = self.get(number).model_copy(update={"state": state, "reason": reason})
+        self._redis.set(f"{self._keys.version}{number}", record.model_dump_json())
+
+    def active(self) -> Activation | None:
+        """The pointer, or None before version 0 is committed."""
+        fields = cast(dict[str, str], self._redis.hgetall(self._keys.active))
+        if not fields:
+            return None
+        previous = int(fields["previous"])
+        active = int(fields["version"])
+        return Activation(active=active, previous=None if previous == active else previous, epoch=int(fields["epoch"]))
+
+    def activate(
+        self, number: int, *, expected_active: int | None = None, expected_epoch: int | None = None
+    ) -> Activation:
+        """Moves the pointer. Moving it to where it is changes nothing.
+
+        Raises:
+            NotFoundError: no such version.
+            OvertakenError: another version is active, or the pointer moved, than the caller expects.
+        """
+        answer = self._activate(
+            {"version": number, "expected_active": expected_active, "expected_epoch": expected_epoch}
+        )
+        match answer.get("refused"):
+            case "unknown":
+                raise NotFoundError(f"no version {number}", param="version", code="version_not_found")
+            case "active":
+                raise OvertakenError(
+                    f"version {answer['active']} is active, not {expected_active}", param="expected_active"
+                )
+            case "epoch":
+                raise OvertakenError(f"the active version changed meanwhile, to {answer['active']}")
+        return cast(Activation, self.active())
+
+    def members(self, number: int) -> list[int]:
+        """Sequence numbers of a version's edit set, ascending."""
+        return _bits(self._bitmap(number))
+
+    def containing(self, sequence: int) -> list[int]:
+        """Numbers of the versions whose edit set has this sequence number, ascending."""
+        numbers = [int(number) for number in cast(list[str], self._redis.zrange(self._keys.versions, 0, -1))]
+        pipeline = self._redis.pipeline(transaction=False)
+        for number in numbers:
+            pipeline.getbit(f"{self._keys.version_edits}{number}", sequence)
+        return [number for number, bit in zip(numbers, pipeline.execute(), strict=True) if bit]
+
+    def difference(self, left: int, right: int) -> tuple[list[int], list[int]]:
+        """Sequence numbers only in the left version's edit set, and only in the right one's.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        sets = []
+        for number in (left, right):
+            self.get(number)
+            sets.append(set(self.members(number)))
+        return sorted(sets[0] - sets[1]), sorted(sets[1] - sets[0])
+
+    def _bitmap(self, number: int) -> bytes:
+        key = f"{self._keys.version_edits}{number}"
+        raw = self._redis.execute_command("GET", key, **{NEVER_DECODE: True})  # type: ignore[no-untyped-call]
+        return cast(bytes | None, raw) or b""
+
+
+def _bits(bitmap: bytes) -> list[int]:
+    return [8 * index + bit for index, byte in enumerate(bitmap) for bit in range(8) if byte & (0x80 >> bit)]

@@ -1,0 +1,186 @@
+"""RunStore: training runs, the lease on the one that is under way, and its fencing token.
+
+One run at a time: a run is *current* from its claim until its version is active or given up. Whoever holds it renews a
+lease; a run without a lease is taken over, and its token, no longer the newest, cannot commit.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from redis import Redis
+
+from service.errors import ConflictError, NotFoundError
+from service.keys import RunKeys, all_keys
+from service.lua import Script
+from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
+
+
+class LeaseLostError(ConflictError):
+    """The run was taken over."""
+
+    default_code = "lease_lost"
+
+
+class RunStore:
+    """Runs, and who may run."""
+
+    def __init__(
+        self, redis: Redis, *, events_max: int, lease_s: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._redis = redis
+        self._keys = RunKeys()
+        self._lease_ms = int(lease_s * 1000)
+        self._clock = clock
+
+        def context() -> Mapping[str, Any]:
+            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
+
+        self._request = Script(redis, "request_run", context)
+        self._start = Script(redis, "start_run", context)
+        self._renew = Script(redis, "renew_run", context)
+        self._finish = Script(redis, "finish_run", context)
+
+    def request(self, trigger: Trigger) -> tuple[Run, bool]:
+        """The queued run, made if there is none; and whether it was made."""
+        answer = self._request({"run": f"run_{secrets.token_hex(12)}", "trigger": trigger})
+        return self.get(answer["run"]), bool(answer.get("created"))
+
+    def start(self, run_id: str) -> Run | None:
+        """Makes a queued run current; None if another is under way or this one is not queued any more."""
+        answer = self._start({"run": run_id, "lease_ms": self._lease_ms})
+        return self.get(run_id) if "token" in answer else None
+
+    def renew(self, run: Run) -> bool:
+        """Renews the lease; returns whether the run is asked to stop.
+
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        answer = self._renew({"run": run.id, "token": run.token, "lease_ms": self._lease_ms})
+        if answer.get("lost"):
+            raise LeaseLostError(f"run {run.id} was taken over")
+        return bool(answer["cancel"])
+
+    def finish(self, run_id: str, status: RunStatus, *, error: EditError | None = None) -> bool:
+        """Ends a run; returns False if it had ended before."""
+        answer = self._finish({"run": run_id, "status": status, "error": error.model_dump_json() if error else ""})
+        return "ended" not in answer
+
+    def cancel(self, run_id: str) -> Run:
+        """Asks a run to stop, and the triggers to wait for news.
+
+        Raises:
+            NotFoundError: no such run.
+            ConflictError: it is past training.
+        """
+        run = self.get(run_id)
+        if run.status not in {RunStatus.QUEUED, RunStatus.TRAINING}:
+            raise ConflictError(f"run {run_id} is {run.status}", param="id", code="run_not_cancellable")
+        self._redis.set(self._keys.hold, "1")
+        self._redis.hset(self._keys.run + run_id, "cancel", "1")
+        if run.status is RunStatus.QUEUED:
+            self.finish(run_id, RunStatus.CANCELLED)
+        return self.get(run_id)
+
+    def update(self, run_id: str, **fields: str | int | float) -> None:
+        """Writes progress fields of a run."""
+        self._redis.hset(self._keys.run + run_id, mapping=cast(Any, fields))
+
+    def add_timing(self, run_id: str, phase: str, seconds: float) -> None:
+        """Adds one phase's duration."""
+        timings = {**self.get(run_id).timings, phase: round(seconds, 4)}
+        self.update(run_id, timings=json.dumps(timings))
+
+    def add_epoch(self, run_id: str, epoch: EpochLoss, *, eta_s: float | None) -> None:
+        """Appends an epoch's loss."""
+        epochs = [*(item.model_dump() for item in self.get(run_id).epochs), epoch.model_dump()]
+        self.update(run_id, epochs=json.dumps(epochs), eta_s="" if eta_s is None else round(eta_s, 1))
+
+    def get(self, run_id: str) -> Run:
+        """One run.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        fields = cast(dict[str, str], self._redis.hgetall(self._keys.run + run_id))
+        if not fields:
+            raise NotFoundError(f"no run {run_id!r}", param="id", code="run_not_found")
+        return _run(fields)
+
+    def page(self, *, after: str | None, limit: int) -> Page[Run]:
+        """Newest first, after the given id.
+
+        Raises:
+            NotFoundError: ``after`` is no run's id.
+        """
+        top = "+inf"
+        if after is not None:
+            self.get(after)
+            top = f"({self._redis.zscore(self._keys.runs, after)}"
+        ids = cast(list[str], self._redis.zrevrangebyscore(self._keys.runs, top, "-inf", start=0, num=limit + 1))
+        return Page[Run](data=[self.get(run_id) for run_id in ids[:limit]], has_more=len(ids) > limit)
+
+    def current(self) -> Run | None:
+        """The run under way."""
+        run_id = cast(str | None, self._redis.get(self._keys.current))
+        return self.get(run_id) if run_id else None
+
+    def queued(self) -> Run | None:
+        """The run that waits."""
+        run_id = cast(str | None, self._redis.get(self._keys.next))
+        return self.get(run_id) if run_id else None
+
+    def leased(self) -> bool:
+        """Whether somebody renews the current run's lease."""
+        return bool(self._redis.exists(self._keys.lease))
+
+    def on_hold(self) -> bool:
+        """Whether a cancelled run keeps the triggers waiting."""
+        return bool(self._redis.exists(self._keys.hold))
+
+    def newest(self) -> Run | None:
+        """The run that was asked for last."""
+        ids = cast(list[str], self._redis.zrevrange(self._keys.runs, 0, 0))
+        return self.get(ids[0]) if ids else None
+
+    def beat(self, worker: str) -> None:
+        """A train worker says that it is there."""
+        self._redis.zadd(self._keys.workers, {worker: self._clock()})
+
+    def leave(self, worker: str) -> None:
+        """A train worker says that it goes."""
+        self._redis.zrem(self._keys.workers, worker)
+
+    def workers(self, *, within_s: float) -> list[str]:
+        """Train workers heard of within so many seconds."""
+        since = self._clock() - within_s
+        return cast(list[str], self._redis.zrangebyscore(self._keys.workers, since, "+inf"))
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text else None
+
+
+def _run(fields: Mapping[str, str]) -> Run:
+    return Run(
+        id=fields["id"],
+        status=RunStatus(fields["status"]),
+        trigger=Trigger(fields["trigger"]),
+        token=_number(fields.get("token")),
+        parent=_number(fields.get("parent")),
+        epoch_of_activation=_number(fields.get("epoch_of_activation")),
+        version=_number(fields.get("version")),
+        edits=int(fields.get("edits", 0)),
+        new_edits=int(fields.get("new_edits", 0)),
+        phase=fields.get("phase", ""),
+        epochs=json.loads(fields.get("epochs", "[]")),
+        eta_s=float(fields["eta_s"]) if fields.get("eta_s") else None,
+        timings=json.loads(fields.get("timings", "{}")),
+        error=json.loads(fields.get("error") or "null"),
+        created_at=int(fields["created_at"]),
+        started_at=_number(fields.get("started_at")),
+        finished_at=_number(fields.get("finished_at")),
+    )

@@ -1,0 +1,335 @@
+"""Wire and stored types. The wire is strict: unknown fields and wrong types are errors that name the field."""
+
+import re
+import unicodedata
+from enum import StrEnum
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+T = TypeVar("T")
+
+MAX_TEXT_CHARS = 32_768
+MAX_REPHRASES = 32
+MAX_METADATA = 16
+
+# Cc is every control character; line feed and tab are text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def normalise_prompt(prompt: str) -> str:
+    """The form in which two prompts are the same question: NFKC, casefolded, runs of white space as one."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def _clean_text(text: str) -> str:
+    if found := _CONTROL.search(text):
+        raise ValueError(f"control character U+{ord(found.group()):04X} at position {found.start()}")
+    if not (stripped := text.strip()):
+        raise ValueError("must not be empty or only white space")
+    return stripped
+
+
+Text = Annotated[
+    str, StringConstraints(strict=True, min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_clean_text)
+]
+MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64), AfterValidator(_clean_text)]
+MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
+Timestamp = Annotated[int, Field(description="Unix seconds")]
+
+
+class Schema(BaseModel):
+    """Base of all types here: frozen, and closed to unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EditStatus(StrEnum):
+    """Where an edit is in its life; the transitions are the table in service/store.py."""
+
+    QUEUED = "queued"
+    TRAINING = "training"
+    TRAINED = "trained"
+    LIVE = "live"
+    FAILED = "failed"
+    SUPERSEDED = "superseded"
+    HELD = "held"
+    RETRACTING = "retracting"
+    RETRACTED = "retracted"
+
+
+class Format(StrEnum):
+    """How a prompt is put to the model: as it is, or through the chat template."""
+
+    RAW = "raw"
+    CHAT = "chat"
+
+
+class EditRequest(Schema):
+    """A correction as a client states it."""
+
+    prompt: Text = Field(description="What the model is asked; the same prompt replaces an earlier edit of it")
+    target: Text = Field(description="What the model must answer")
+    rephrases: list[Text] = Field(
+        default=[], max_length=MAX_REPHRASES, description="Other wordings; never trained on, only measured"
+    )
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default={}, max_length=MAX_METADATA, description="Up to 16 strings of your own, kept and returned"
+    )
+
+
+class EditBatchRequest(Schema):
+    """Up to 1,000 corrections that are stored together or not at all."""
+
+    edits: list[EditRequest] = Field(min_length=1, max_length=1000)
+
+
+class FormatOutcome(Schema):
+    """What a node said to the edit's prompt in one format, at the version before the edit's and at the edit's own."""
+
+    matched: bool = Field(description="The answer equals the target (normalised) and ended by itself")
+    before: str | None = Field(description="The answer of the version that was active at verification")
+    after: str
+    finish_reason: str
+
+
+class EditProgress(Schema):
+    """How far the run is that has claimed the edit."""
+
+    run: str
+    phase: str
+    epoch: int
+    loss: float | None
+    elapsed_s: float
+
+
+class EditError(Schema):
+    """Why an edit failed, or why its last attempt did."""
+
+    code: str
+    message: str
+
+
+class Edit(Schema):
+    """One stored correction."""
+
+    object: Literal["edit"] = "edit"
+    id: str
+    prompt: str
+    target: str
+    rephrases: list[str]
+    metadata: dict[str, str]
+    status: EditStatus
+    version: int | None = Field(description="The first version that contains it")
+    verified: dict[Format, FormatOutcome] = Field(description="Outcome per trained format")
+    error: EditError | None
+    attempts: int
+    superseded_by: str | None
+    created_at: Timestamp
+    updated_at: Timestamp
+
+
+class EditDetail(Edit):
+    """An edit with the versions that contain it."""
+
+    versions: list[int]
+
+
+class EditState(Schema):
+    """The answer of ``GET /edits/{id}/status``."""
+
+    id: str
+    status: EditStatus
+    version: int | None
+    verified: dict[Format, FormatOutcome]
+    progress: EditProgress | None
+    error: EditError | None
+    updated_at: Timestamp
+
+
+class ImportLineError(Schema):
+    """A line of an import that was not stored."""
+
+    line: int = Field(description="Counted from 1")
+    message: str
+    param: str | None
+    code: str
+
+
+class ImportReport(Schema):
+    """What became of an NDJSON import; the valid lines are stored."""
+
+    object: Literal["import"] = "import"
+    accepted: int
+    rejected: int
+    errors: list[ImportLineError] = Field(description="The first 1,000 of the rejected lines")
+    first_id: str | None
+    last_id: str | None
+
+
+class VersionState(StrEnum):
+    """What is known of a committed version."""
+
+    COMMITTED = "committed"
+    VERIFIED = "verified"
+    REJECTED = "rejected"
+
+
+class EditCounts(Schema):
+    """Sizes of a version's edit set, against its parent's."""
+
+    count: int
+    added: int
+    removed: int
+
+
+class VersionRecord(Schema):
+    """What the registry stores of a version; the delta itself is in the version store."""
+
+    version: int
+    parent: int | None
+    run: str | None
+    state: VersionState
+    fingerprint: str = Field(description="Checkpoint fingerprint of the base model, SHA-256")
+    location: str
+    tensors: dict[str, str] = Field(description="SHA-256 of each tuned tensor")
+    formats: list[Format] = Field(description="The formats that its edits were trained in")
+    metrics: dict[str, Any]
+    edits: EditCounts
+    reason: str | None = Field(default=None, description="Why it was rejected")
+    created_at: Timestamp
+
+
+class Version(VersionRecord):
+    """A version as the API shows it."""
+
+    object: Literal["version"] = "version"
+    active: bool
+    resident: list[str] = Field(default=[], description="Addresses of the nodes that hold it; only for one version")
+
+
+class ActivateRequest(Schema):
+    """Optional condition of an activation."""
+
+    expected_active: int | None = Field(default=None, ge=0, strict=True)
+
+
+class RollbackRequest(Schema):
+    """Where to roll back to; without it, the previously active version."""
+
+    to: int | None = Field(default=None, ge=0, strict=True)
+
+
+class Activation(Schema):
+    """The pointer after a move."""
+
+    object: Literal["activation"] = "activation"
+    active: int
+    previous: int | None
+    epoch: int = Field(description="Counts the pointer's moves; a run that began in another epoch is not activated")
+
+
+class VersionDiff(Schema):
+    """Edits that are in one version and not in the other."""
+
+    object: Literal["diff"] = "diff"
+    only_in: dict[str, list[Edit]] = Field(description="By version number")
+
+
+class RunStatus(StrEnum):
+    """Where a run is. STALE: a rollback or activation overtook it, so its version was not activated."""
+
+    QUEUED = "queued"
+    TRAINING = "training"
+    VERIFYING = "verifying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    STALE = "stale"
+
+
+class Trigger(StrEnum):
+    """What starts runs."""
+
+    IMMEDIATE = "immediate"
+    BATCH = "batch"
+    INTERVAL = "interval"
+    MANUAL = "manual"
+
+
+class EpochLoss(Schema):
+    """One epoch of a run."""
+
+    epoch: int
+    loss: float
+    steps: int
+    seconds: float
+
+
+class Run(Schema):
+    """One breadth-first training pass over the cumulative set."""
+
+    object: Literal["run"] = "run"
+    id: str
+    status: RunStatus
+    trigger: Trigger
+    token: int | None = Field(description="Fencing token; only the newest may commit")
+    parent: int | None = Field(description="The version that was active when it began")
+    epoch_of_activation: int | None
+    version: int | None
+    edits: int
+    new_edits: int
+    phase: str
+    epochs: list[EpochLoss]
+    eta_s: float | None
+    timings: dict[str, float] = Field(description="Seconds by phase")
+    error: EditError | None
+    created_at: Timestamp
+    started_at: Timestamp | None
+    finished_at: Timestamp | None
+
+
+class Event(Schema):
+    """One entry of the event stream."""
+
+    id: str
+    type: str
+    data: dict[str, Any]
+
+
+class Page(Schema, Generic[T]):
+    """A page of a list; ``after`` takes the last id of the page before."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+
+
+class Check(Schema):
+    """One part's health."""
+
+    ok: bool
+    detail: str
+
+
+class Health(Schema):
+    """The answer of ``/health/ready``."""
+
+    ready: bool
+    active: int | None
+    checks: dict[str, Check]
+
+
+class ErrorDetail(Schema):
+    """The inside of an error body."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Schema):
+    """Every error, in OpenAI's shape."""
+
+    error: ErrorDetail

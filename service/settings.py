@@ -1,0 +1,114 @@
+"""Every setting, read from the environment with the prefix ``ERRATA_``. An unknown ``ERRATA_`` variable is an error."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.schemas import Trigger
+
+_PREFIX = "ERRATA_"
+
+
+class Settings(BaseSettings):
+    """The one set of settings of all processes; the README's table is generated from it."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+
+    home: Path = Field(default=Path(".errata"), description="Directory of all state of the embedded stack")
+    host: str = Field(default="127.0.0.1", description="Address that the API listens on")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port that the API listens on; 0 takes a free one")
+
+    model: str = Field(
+        default="", description="Hugging Face folder or hub id; empty: the embedded SmolLM2-135M-Instruct"
+    )
+    location: str = Field(default="auto", description="Tuned location: an exact module or parameter name, or `auto`")
+    device: Literal["", "cpu", "cuda"] = Field(
+        default="", description="Where to train and serve; empty: CUDA if present"
+    )
+    redis_url: str = Field(default="", description="An existing Redis; empty: the embedded one")
+    store: str = Field(default="", description="Version store: a directory or fsspec URL; empty: `versions` under home")
+    nodes: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Comma-separated base URLs of vLLM nodes that run elsewhere; empty: one embedded node"
+    )
+    node_token: SecretStr = Field(
+        default=SecretStr(""), description="Token that the nodes demand; the embedded stack makes its own"
+    )
+    node_slots: int = Field(default=4, ge=2, description="Versions that a node holds on its device at once")
+    node_host_slots: int = Field(default=16, ge=2, description="Versions that a node holds in host memory")
+    node_cache: str = Field(default="", description="A node's folder for verified local copies of versions")
+    node_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer of a node, seconds")
+    max_model_len: int = Field(default=2048, ge=64, description="Context length of the embedded node, tokens")
+
+    trigger: Trigger = Field(default=Trigger.IMMEDIATE, description="What starts runs")
+    trigger_batch_edits: int = Field(default=20, ge=1, description="`batch`: run when so many edits are queued")
+    trigger_max_wait_s: float = Field(default=60.0, ge=0, description="`batch`: or when the oldest waited so long")
+    trigger_interval_s: float = Field(default=300.0, gt=0, description="`interval`: seconds from one run to the next")
+
+    train_seed: int = Field(default=0, ge=0, description="Seed of a run's shuffles")
+    train_learning_rate: float | None = Field(
+        default=None, gt=0, description="Adam's step size; empty: measured default"
+    )
+    train_batch_size: int | None = Field(default=None, ge=1, description="Sequences per step; empty: measured default")
+    train_max_epochs: int | None = Field(default=None, ge=1, description="Bound on epochs; empty: measured default")
+    train_prefix_bytes: int = Field(
+        default=2 * 1024**3, ge=0, description="Bound on the cache of the frozen prefix, bytes"
+    )
+    max_attempts: int = Field(default=3, ge=1, description="Runs that may try an edit before it is `failed`")
+    retry_wait_s: float = Field(default=10.0, ge=0, description="Wait after a failed run before the next, seconds")
+    run_max_s: float = Field(default=6 * 3600.0, gt=0, description="Longest run, seconds")
+    run_lease_s: float = Field(default=30.0, gt=0, description="A run whose worker is silent so long is taken over")
+
+    gate_min_reliability: float = Field(
+        default=0.9, ge=0, le=1, description="Least share of the evaluated edits learned"
+    )
+    gate_min_locality: float = Field(default=0.0, ge=0, le=1, description="Least share of unrelated answers unchanged")
+    gate_max_perplexity_ratio: float = Field(default=1.5, gt=0, description="Most perplexity, as a ratio to the base's")
+    verify_min_new: float = Field(
+        default=0.5, ge=0, le=1, description="Least share of a version's new edits that a node must answer right"
+    )
+    verify_min_kept: float = Field(
+        default=0.75, ge=0, le=1, description="Least share of the older edits asked again that must still be right"
+    )
+    verify_sample: int = Field(default=8, ge=0, description="Older edits of a version that are asked again")
+
+    edit_max_tokens: int = Field(default=512, ge=8, description="Longest prompt and target together, tokens")
+    body_max_bytes: int = Field(default=4 * 1024**2, ge=1024, description="Largest body, except an import's, bytes")
+    import_line_max_bytes: int = Field(default=256 * 1024, ge=1024, description="Longest line of an import, bytes")
+    wait_max_s: float = Field(default=60.0, ge=0, description="Longest long-poll, seconds")
+    idempotency_ttl_s: int = Field(default=7 * 86400, ge=60, description="How long an Idempotency-Key is remembered")
+    events_max: int = Field(default=10_000, ge=100, description="Events that the stream keeps")
+
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _split_nodes(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _edit_fits_node(self) -> Self:
+        # The chat template's own tokens and the answer must fit beside the edit.
+        if self.edit_max_tokens * 2 > self.max_model_len:
+            raise ValueError("edit_max_tokens must be at most half of max_model_len")
+        return self
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Reads the environment.
+
+        Raises:
+            ValueError: a variable has the prefix and is no setting, or a value is wrong; the message names it.
+        """
+        known = {_PREFIX + name.upper() for name in cls.model_fields}
+        if unknown := sorted(name for name in environ if name.startswith(_PREFIX) and name not in known):
+            raise ValueError(f"unknown setting: {', '.join(unknown)}")
+        return cls()
+
+    @property
+    def store_url(self) -> str:
+        """The version store's directory or URL."""
+        return self.store or str(self.home.absolute() / "versions")

@@ -1,0 +1,309 @@
+"""EditStore: every Redis command about edits, and the table of their transitions.
+
+It owns edits. It does not know what a version or a run is beyond their numbers, ids and bitmaps.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from redis import Redis
+
+from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.keys import EditKeys, all_keys
+from service.lua import Script
+from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
+
+TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
+    EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
+    EditStatus.TRAINING: frozenset(
+        {EditStatus.TRAINED, EditStatus.QUEUED, EditStatus.FAILED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
+    ),
+    EditStatus.TRAINED: frozenset(
+        {
+            EditStatus.LIVE,
+            EditStatus.HELD,
+            EditStatus.QUEUED,
+            EditStatus.FAILED,
+            EditStatus.SUPERSEDED,
+            EditStatus.RETRACTING,
+        }
+    ),
+    EditStatus.LIVE: frozenset({EditStatus.HELD, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
+    EditStatus.HELD: frozenset({EditStatus.LIVE, EditStatus.QUEUED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
+    EditStatus.FAILED: frozenset({EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
+    EditStatus.SUPERSEDED: frozenset({EditStatus.LIVE, EditStatus.RETRACTING}),
+    EditStatus.RETRACTING: frozenset({EditStatus.RETRACTED}),
+    EditStatus.RETRACTED: frozenset(),
+}
+"""What an edit in a status may become; everything else is refused (design.md, decision record 0003)."""
+
+_SEARCH_CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A client's key and the digest of what it sent with it."""
+
+    key: str
+    body: str
+
+    @classmethod
+    def of(cls, key: str, route: str, body: bytes) -> "Idempotency":
+        """Hashes a key and the canonical body that came with it."""
+        return cls(_digest(key), hashlib.sha256(route.encode() + b"\0" + body).hexdigest())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run trains: the whole cumulative set, of which some edits are new."""
+
+    members: list[Edit]
+    claimed: list[str]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class EditStore:
+    """The cumulative edit store."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        events_max: int,
+        idempotency_ttl_s: int,
+        max_attempts: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._redis = redis
+        self._keys = EditKeys()
+        self._clock = clock
+        self._idempotency_ttl_s = idempotency_ttl_s
+        self._max_attempts = max_attempts
+        table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
+
+        def context() -> Mapping[str, Any]:
+            return {"keys": all_keys(), "transitions": table, "now": int(clock()), "events_max": events_max}
+
+        self._submit = Script(redis, "submit", context)
+        self._move = Script(redis, "move", context)
+        self._claim = Script(redis, "claim", context)
+        self._trained = Script(redis, "trained", context)
+        self._unclaim = Script(redis, "unclaim", context)
+        self._settle = Script(redis, "settle", context)
+
+    def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
+        """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
+
+        Returns the stored edits; for a known idempotency key those stored the first time.
+
+        Raises:
+            InvalidRequestError: the idempotency key came before with another body.
+        """
+        now = int(self._clock())
+        once = None
+        if idempotency:
+            once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
+        answer = self._submit({"edits": [_new(request, now) for request in requests], "idempotency": once})
+        if answer.get("reused"):
+            raise InvalidRequestError(
+                "this Idempotency-Key came before with another body",
+                param="Idempotency-Key",
+                code="idempotency_key_reused",
+            )
+        return self.get_many(answer["ids"])
+
+    def get(self, edit_id: str) -> Edit:
+        """One edit.
+
+        Raises:
+            NotFoundError: no such edit.
+        """
+        found = self.get_many([edit_id])
+        if not found:
+            raise NotFoundError(f"no edit {edit_id!r}", param="id", code="edit_not_found")
+        return found[0]
+
+    def get_many(self, edit_ids: Iterable[str]) -> list[Edit]:
+        """The edits of these ids that exist, in their order."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for edit_id in edit_ids:
+            pipeline.hgetall(self._keys.edit + edit_id)
+        return [_edit(fields) for fields in pipeline.execute() if fields]
+
+    def by_sequence(self, numbers: Iterable[int]) -> list[Edit]:
+        """The edits of these sequence numbers."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for number in numbers:
+            pipeline.zrange(self._keys.edits, number, number, byscore=True)
+        return self.get_many(edit_id for ids in pipeline.execute() for edit_id in ids)
+
+    def sequence(self, edit_id: str) -> int:
+        """The edit's sequence number, which is its bit in every version's bitmap."""
+        return int(cast(str, self._redis.hget(self._keys.edit + edit_id, "seq")))
+
+    def page(self, *, status: EditStatus | None, q: str | None, after: str | None, limit: int) -> Page[Edit]:
+        """Newest first, after the given id.
+
+        Raises:
+            InvalidRequestError: ``after`` is no edit's id.
+        """
+        found: list[Edit] = []
+        for edit in self._newest_first(status, after, limit + 1 if q is None else _SEARCH_CHUNK):
+            if q is None or q.casefold() in f"{edit.prompt}\n{edit.target}".casefold():
+                found.append(edit)
+                if len(found) > limit:
+                    break
+        return Page[Edit](data=found[:limit], has_more=len(found) > limit)
+
+    def _newest_first(self, status: EditStatus | None, after: str | None, chunk: int) -> Iterator[Edit]:
+        key = self._keys.edits if status is None else self._keys.edits_in + status
+        top = "+inf"
+        if after is not None:
+            score = self._redis.zscore(self._keys.edits, after)
+            if score is None:
+                raise InvalidRequestError(f"no edit {after!r}", param="after", code="edit_not_found")
+            top = f"({int(score)}"
+        while rows := self._below(key, top, chunk):
+            yield from self.get_many(edit_id for edit_id, _ in rows)
+            top = f"({int(rows[-1][1])}"
+
+    def _below(self, key: str, top: str, chunk: int) -> list[tuple[str, float]]:
+        rows = self._redis.zrevrangebyscore(key, top, "-inf", start=0, num=chunk, withscores=True)
+        return cast(list[tuple[str, float]], rows)
+
+    def counts(self) -> dict[EditStatus, int]:
+        """How many edits are in each status."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for status in EditStatus:
+            pipeline.zcard(self._keys.edits_in + status)
+        return dict(zip(EditStatus, pipeline.execute(), strict=True))
+
+    def in_status(self, status: EditStatus) -> list[Edit]:
+        """All edits in a status, oldest first."""
+        return self.get_many(cast(list[str], self._redis.zrange(self._keys.edits_in + status, 0, -1)))
+
+    def oldest_queued_at(self) -> int | None:
+        """Unix seconds of the oldest queued edit's last change, or None."""
+        first = cast(list[str], self._redis.zrange(self._keys.edits_in + EditStatus.QUEUED, 0, 0))
+        return self.get(first[0]).updated_at if first else None
+
+    def move(self, edit_id: str, to: EditStatus, **fields: str | int) -> Edit:
+        """Moves one edit.
+
+        Raises:
+            NotFoundError: no such edit.
+            ConflictError: the table refuses.
+        """
+        self.get(edit_id)
+        if refused := self._move({"id": edit_id, "to": to, "fields": fields}).get("refused"):
+            raise ConflictError(f"an edit that is {refused} cannot become {to}", param="id", code="invalid_transition")
+        return self.get(edit_id)
+
+    def retract(self, edit_id: str) -> Edit:
+        """Takes an edit out of the cumulative set; a second time changes nothing.
+
+        Raises:
+            NotFoundError: no such edit.
+        """
+        if (edit := self.get(edit_id)).status in {EditStatus.RETRACTING, EditStatus.RETRACTED}:
+            return edit
+        self.move(edit_id, EditStatus.RETRACTING)
+        self.settle()
+        return self.get(edit_id)
+
+    def release(self, edit_id: str) -> Edit:
+        """Lets a held edit join the cumulative set again.
+
+        Raises:
+            NotFoundError: no such edit.
+            ConflictError: it is not held.
+        """
+        edit = self.get(edit_id)
+        if edit.status is not EditStatus.HELD:
+            raise ConflictError(f"edit {edit_id} is {edit.status}, not held", param="id", code="edit_not_held")
+        return self.move(edit_id, EditStatus.QUEUED, attempts=0, run="", error="")
+
+    def claim(self, run: str) -> Claim:
+        """Gives every queued edit to a run; returns the whole set that it trains, oldest first."""
+        answer = self._claim({"run": run})
+        return Claim(self.get_many(answer["members"]), answer["claimed"])
+
+    def trained(self, run: str, version: int) -> list[str]:
+        """The run's edits are in a committed version; returns those that were still wanted."""
+        return cast(list[str], self._trained({"run": run, "version": version}))
+
+    def record_verification(self, edit_id: str, outcomes: Mapping[Format, FormatOutcome]) -> None:
+        """Keeps what a node answered; ``settle`` decides by it once the version is active."""
+        matched = bool(outcomes) and all(outcome.matched for outcome in outcomes.values())
+        verified = json.dumps({name: outcome.model_dump() for name, outcome in outcomes.items()})
+        self._redis.hset(
+            self._keys.edit + edit_id,
+            mapping={"verified": verified, "verdict": "matched" if matched else "mismatch"},
+        )
+
+    def unclaim(
+        self,
+        run: str,
+        *,
+        error: EditError | None = None,
+        refund: bool = False,
+        trained_to: EditStatus = EditStatus.QUEUED,
+    ) -> None:
+        """Ends a run's hold on its edits: what is not live is queued again, or fails if its attempts are used up.
+
+        Args:
+            run: the run's id.
+            error: what went wrong, kept with the edits.
+            refund: the attempt does not count (cancelled, overtaken, shut down).
+            trained_to: where edits of a committed version go that a rollback overtook; QUEUED or HELD.
+        """
+        self._unclaim(
+            {
+                "run": run,
+                "max_attempts": self._max_attempts,
+                "error": error.model_dump_json() if error else "",
+                "refund": refund,
+                "trained_to": trained_to,
+            }
+        )
+
+    def settle(self) -> list[str]:
+        """Makes every edit's status agree with the active version; returns the ids that moved."""
+        unverified = EditError(code="not_verified", message="a node did not answer the prompt with the target")
+        return cast(
+            list[str],
+            self._settle({"max_attempts": self._max_attempts, "unverified": unverified.model_dump_json()}),
+        )
+
+
+def _new(request: EditRequest, now: int) -> dict[str, Any]:
+    record = {**request.model_dump(), "created_at": now}
+    return {
+        "id": f"edit_{secrets.token_hex(12)}",
+        "record": json.dumps(record),
+        "target": request.target,
+        "prompt_key": _digest(normalise_prompt(request.prompt)),
+    }
+
+
+def _edit(fields: Mapping[str, str]) -> Edit:
+    record = json.loads(fields["record"])
+    return Edit(
+        id=fields["id"],
+        status=EditStatus(fields["status"]),
+        version=int(fields["version"]) if fields.get("version") else None,
+        verified=json.loads(fields.get("verified") or "{}"),
+        error=json.loads(fields.get("error") or "null"),
+        attempts=int(fields["attempts"]),
+        superseded_by=fields.get("superseded_by") or None,
+        updated_at=int(fields["updated_at"]),
+        **record,
+    )

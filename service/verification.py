@@ -1,0 +1,104 @@
+"""Asks a node, at a version's own name, the prompts that the version must answer, while users still get the old one."""
+
+import random
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from service.answers import matches
+from service.nodes import NodeClient
+from service.schemas import Edit, Format, FormatOutcome
+
+_CONCURRENCY = 16
+# Room for a wrong answer to show itself; a right one has at most one token for each byte, and its end.
+_SPARE_TOKENS = 8
+_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a node said to a version's edits.
+
+    Attributes:
+        outcomes: by edit id, for the new edits.
+        reasons: why the version must not become active; empty if it may.
+    """
+
+    outcomes: Mapping[str, Mapping[Format, FormatOutcome]]
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the settings demand of a version.
+
+    Attributes:
+        min_new: least share of its new edits that must match in every format.
+        min_kept: least share of the older edits asked again that must.
+    """
+
+    min_new: float
+    min_kept: float
+
+
+def verify(
+    node: NodeClient,
+    *,
+    version: int,
+    active: int,
+    new: Sequence[Edit],
+    older: Sequence[Edit],
+    formats: Sequence[Format],
+    demand: Demand,
+) -> Verdict:
+    """Asks the new edits at both versions and the older ones at the candidate, greedily.
+
+    Args:
+        node: who is asked; it holds the candidate.
+        version: the candidate.
+        active: the version that users get now, for the answers before.
+        new: edits that the candidate adds.
+        older: edits that were live before and must still be.
+        formats: the formats trained.
+        demand: what suffices.
+
+    Raises:
+        UnavailableError: the node stopped answering.
+        NodeRefusedError: the node refuses a version.
+    """
+
+    def outcomes_of(edit: Edit, before: int | None) -> dict[Format, FormatOutcome]:
+        return {form: _outcome(node, edit, form, version=version, before=before) for form in formats}
+
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        of_new = list(pool.map(lambda edit: outcomes_of(edit, active), new))
+        of_older = list(pool.map(lambda edit: outcomes_of(edit, None), older))
+    shortfalls = (_shortfall("new", of_new, demand.min_new), _shortfall("older", of_older, demand.min_kept))
+    return Verdict(
+        outcomes={edit.id: outcomes for edit, outcomes in zip(new, of_new, strict=True)},
+        reasons=[reason for reason in shortfalls if reason],
+    )
+
+
+def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
+    """At most ``size`` of the edits, the same ones for the same seed."""
+    return random.Random(seed).sample(list(edits), min(size, len(edits)))  # noqa: S311 - not a secret
+
+
+def _outcome(node: NodeClient, edit: Edit, form: Format, *, version: int, before: int | None) -> FormatOutcome:
+    tokens = min(_MAX_TOKENS, len(edit.target.encode()) + _SPARE_TOKENS)
+    earlier = None if before is None else node.ask(before, edit.prompt, form, max_tokens=tokens)
+    after = node.ask(version, edit.prompt, form, max_tokens=tokens)
+    return FormatOutcome(
+        matched=matches(after.text, edit.target, after.finish_reason),
+        before=earlier.text.strip() if earlier else None,
+        after=after.text.strip(),
+        finish_reason=after.finish_reason,
+    )
+
+
+def _shortfall(name: str, group: Sequence[Mapping[Format, FormatOutcome]], least: float) -> str | None:
+    matched = sum(all(outcome.matched for outcome in outcomes.values()) for outcomes in group)
+    if not group or matched / len(group) >= least:
+        return None
+    return f"{matched} of {len(group)} {name} edits answered right; the least share is {least:g}"
