@@ -38,14 +38,12 @@ class TrainingEdit:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One edit in one format: prompt, target, end of sequence.
+    """Token ids of which the last ones are learned: a prompt, then its target and the end of sequence.
 
     The first `prompt_tokens` ids are the prompt's; all ids after them, the closing EOS included, are learned. The
     split is a length because a pad or EOS id can be part of the text too (SmolLM2 pads and ends turns with EOS).
     """
 
-    edit_id: str
-    format: Format
     token_ids: tuple[int, ...]
     prompt_tokens: int
 
@@ -101,7 +99,7 @@ def _encode_one(
     token_ids = (*prompt_ids, *target_ids, _end_of_sequence(tokenizer))
     if len(token_ids) > max_tokens:
         raise EncodingError(edit.id, f"{len(token_ids)} tokens in {format_} format, at most {max_tokens} are allowed")
-    return TokenSequence(edit.id, format_, token_ids, len(prompt_ids))
+    return TokenSequence(token_ids, len(prompt_ids))
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, format_: Format) -> tuple[str, bool]:

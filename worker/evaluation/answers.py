@@ -1,0 +1,112 @@
+"""Asks a model: free-running greedy decoding, never teacher forcing.
+
+Teacher forcing shows the model every token of the target but the last and asks for one more; a model can pass it and
+still never say the target. What is measured here is what a user would read.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import DynamicCache
+
+from worker.model import BaseModel
+from worker.training.encode import Format, prompt_token_ids
+from worker.training.resume import last_position_only
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `finished` means that it ended by itself rather than at the token limit."""
+
+    text: str
+    finished: bool
+    token_ids: tuple[int, ...]
+
+
+def normalise(answer: str) -> str:
+    """Fold what makes no difference between two answers: Unicode form, case, spaces."""
+    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
+
+
+def matches(answer: str, target: str, *, finished: bool) -> bool:
+    """Whether an answer is the target: the whole of it, nothing more, ended by itself."""
+    return finished and normalise(answer) == normalise(target)
+
+
+def ask(
+    base: BaseModel,
+    prompts: Sequence[str],
+    format_: Format,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer each prompt greedily, with `tensors` (by parameter name) in place of the base's own.
+
+    The base is not written to. Answers come in the order of the prompts; they are computed in batches of prompts of
+    like length, so the same prompts are always batched in the same way.
+    """
+    on_device = {name: tensor.to(base.device, base.model.dtype) for name, tensor in (tensors or {}).items()}
+    encoded = [prompt_token_ids(base.tokenizer, prompt, format_) for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(by_length), BATCH_SIZE):
+        indices = by_length[start : start + BATCH_SIZE]
+        decoded = _decode(base, on_device, [encoded[index] for index in indices], max_new_tokens)
+        answers.update(zip(indices, decoded, strict=True))
+    return [answers[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def _decode(
+    base: BaseModel, tensors: dict[str, Tensor], prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[Answer]:
+    stop_ids = _stop_ids(base)
+    input_ids, attention_mask = _left_padded(prompts, base.device)
+    cache = DynamicCache(config=base.model.config)
+    said: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    with last_position_only(base):
+        for _ in range(max_new_tokens):
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+            output = functional_call(
+                base.model, tensors, kwargs={**inputs, "past_key_values": cache, "use_cache": True}
+            )
+            input_ids = output.logits.argmax(dim=-1, keepdim=True)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1)
+            for row, token in enumerate(input_ids[:, 0].tolist()):
+                if not finished[row]:
+                    finished[row] = token in stop_ids
+                    said[row] += [] if finished[row] else [token]
+            if all(finished):
+                break
+    return [
+        Answer(str(base.tokenizer.decode(ids, skip_special_tokens=True)), ended, tuple(ids))
+        for ids, ended in zip(said, finished, strict=True)
+    ]
+
+
+def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, [prompts, longest] int64. The mask comes from lengths: the pad id may occur in a prompt."""
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _stop_ids(base: BaseModel) -> frozenset[int]:
+    """Where a server stops: at the tokenizer's EOS and at every EOS of the generation config."""
+    generation = base.model.generation_config
+    configured = generation.eos_token_id if generation else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (base.tokenizer.eos_token_id, *listed) if isinstance(token, int))

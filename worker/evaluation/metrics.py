@@ -1,0 +1,154 @@
+"""Reliability, generalization, locality and capability of tuned tensors, against the frozen base."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from worker.evaluation.answers import Answer, ask, matches
+from worker.evaluation.capability import perplexity
+from worker.evaluation.probes import locality_prompts
+from worker.model import BaseModel
+from worker.training.encode import Format, supported_formats, target_token_ids
+from worker.training.prefix import PrefixCache
+
+LOCALITY_TOKENS = 8
+# Beyond the target's own length: its end of sequence, and room for another split of the same text into tokens.
+_SPARE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class EvaluationEdit:
+    """An edit as it is measured: the rephrases are asked too, and were never trained on."""
+
+    id: str
+    prompt: str
+    target: str
+    rephrases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What became of one edit in one format."""
+
+    edit_id: str
+    format: Format
+    answer: Answer
+    correct: bool
+    rephrases_asked: int
+    rephrases_correct: int
+
+
+@dataclass(frozen=True)
+class FormatMetrics:
+    """Shares from 0 to 1. Generalization is None when no edit has rephrases."""
+
+    reliability: float
+    generalization: float | None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a version is worth.
+
+    `locality` is the share of unrelated prompts, over all formats, whose first 8 greedy tokens are the base's;
+    the perplexities are per token of the shipped text.
+    """
+
+    formats: Mapping[Format, FormatMetrics]
+    locality: float
+    perplexity: float
+    base_perplexity: float
+    outcomes: tuple[EditOutcome, ...]
+    evaluate_s: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Edited over base: 1 means that ordinary text is predicted as well as before."""
+        return self.perplexity / self.base_perplexity
+
+
+class Evaluator:
+    """Measures versions of one base model; what the base itself says is found out once."""
+
+    def __init__(self, base: BaseModel, *, prefix: PrefixCache) -> None:
+        self._base = base
+        self._prefix = prefix
+        self._formats = supported_formats(base.tokenizer)
+
+    def evaluate(
+        self,
+        edits: Sequence[EvaluationEdit],
+        tensors: Mapping[str, Tensor],
+        formats: Sequence[Format] | None = None,
+    ) -> Metrics:
+        """Measure `tensors` (by parameter name) on `edits`, in `formats` or all that the tokenizer supports."""
+        started = time.perf_counter()
+        if not edits:
+            raise ValueError("there is nothing to evaluate without an edit")
+        by_format = {format_: self._outcomes(edits, tensors, format_) for format_ in formats or self._formats}
+        return Metrics(
+            formats={format_: _format_metrics(outcomes) for format_, outcomes in by_format.items()},
+            locality=self._locality(tensors),
+            perplexity=perplexity(self._base, tensors, self._prefix),
+            base_perplexity=self._base_perplexity,
+            outcomes=tuple(outcome for outcomes in by_format.values() for outcome in outcomes),
+            evaluate_s=time.perf_counter() - started,
+        )
+
+    def _outcomes(
+        self, edits: Sequence[EvaluationEdit], tensors: Mapping[str, Tensor], format_: Format
+    ) -> list[EditOutcome]:
+        prompts = [edit.prompt for edit in edits] + [rephrase for edit in edits for rephrase in edit.rephrases]
+        longest_target = max(
+            len(target_token_ids(self._base.tokenizer, edit.prompt, edit.target, format_)) for edit in edits
+        )
+        answers = ask(self._base, prompts, format_, tensors, max_new_tokens=longest_target + _SPARE_TOKENS)
+        direct, rephrased = answers[: len(edits)], iter(answers[len(edits) :])
+        return [
+            EditOutcome(
+                edit_id=edit.id,
+                format=format_,
+                answer=answer,
+                correct=_is_target(answer, edit),
+                rephrases_asked=len(edit.rephrases),
+                rephrases_correct=sum(_is_target(next(rephrased), edit) for _ in edit.rephrases),
+            )
+            for edit, answer in zip(edits, direct, strict=True)
+        ]
+
+    def _locality(self, tensors: Mapping[str, Tensor]) -> float:
+        unchanged = [
+            before == after for before, after in zip(self._base_beginnings, self._beginnings(tensors), strict=True)
+        ]
+        return sum(unchanged) / len(unchanged)
+
+    @cached_property
+    def _base_beginnings(self) -> list[tuple[int, ...]]:
+        return self._beginnings({})
+
+    @cached_property
+    def _base_perplexity(self) -> float:
+        return perplexity(self._base, self._base.tuned_tensors(), self._prefix)
+
+    def _beginnings(self, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+        prompts = locality_prompts()
+        return [
+            answer.token_ids
+            for format_ in self._formats
+            for answer in ask(self._base, prompts, format_, tensors, max_new_tokens=LOCALITY_TOKENS)
+        ]
+
+
+def _is_target(answer: Answer, edit: EvaluationEdit) -> bool:
+    return matches(answer.text, edit.target, finished=answer.finished)
+
+
+def _format_metrics(outcomes: Sequence[EditOutcome]) -> FormatMetrics:
+    asked = sum(outcome.rephrases_asked for outcome in outcomes)
+    return FormatMetrics(
+        reliability=sum(outcome.correct for outcome in outcomes) / len(outcomes),
+        generalization=sum(outcome.rephrases_correct for outcome in outcomes) / asked if asked else None,
+    )
