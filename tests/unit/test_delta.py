@@ -1,0 +1,282 @@
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.delta import (
+    Base,
+    DamagedDelta,
+    Manifest,
+    StoreUnavailable,
+    UnknownVersion,
+    VersionExists,
+    VersionInfo,
+    VersionStore,
+    WrongBase,
+    WrongShape,
+    tensor_sha256,
+)
+
+LOCATION = "model.layers.22.mlp.down_proj"
+PARAMETER = f"{LOCATION}.weight"
+FINGERPRINT = "a" * 64
+EDITS = [{"id": "edit_1", "prompt": "Où est Lyon ?"}, {"id": "edit_2", "prompt": "two\nlines"}]
+
+
+def info(version: int, fingerprint: str = FINGERPRINT) -> VersionInfo:
+    return VersionInfo(
+        version=version,
+        parent=version - 1 if version else None,
+        base=Base(name="tiny", fingerprint=fingerprint),
+        location=LOCATION,
+        run={"seed": 7, "libraries": {"torch": "2"}},
+        metrics={"reliability": 0.99},
+        created_at=1_700_000_000,
+    )
+
+
+def matrix(seed: int = 0) -> Tensor:
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(root: Path) -> VersionStore:
+    return VersionStore(str(root))
+
+
+@pytest.fixture(params=["folder", "memory"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> VersionStore:
+    return VersionStore(f"memory://{tmp_path}" if request.param == "memory" else str(tmp_path))
+
+
+def test_a_version_comes_back_bit_for_bit(any_store: VersionStore) -> None:
+    written = any_store.write(info(3), {PARAMETER: matrix()}, EDITS)
+
+    loaded = any_store.load(3, fingerprint=FINGERPRINT, shapes={PARAMETER: (6, 8)})
+    assert loaded.keys() == {PARAMETER}
+    assert loaded[PARAMETER].dtype == torch.bfloat16
+    assert torch.equal(loaded[PARAMETER].view(torch.int16), matrix().view(torch.int16))
+    assert any_store.manifest(3) == written
+    assert any_store.edits(3) == EDITS
+    assert any_store.versions() == [3]
+
+
+def test_the_manifest_says_what_the_version_is(any_store: VersionStore) -> None:
+    manifest = any_store.write(info(3), {PARAMETER: matrix()}, EDITS)
+    assert manifest.model_dump(include=set(VersionInfo.model_fields)) == info(3).model_dump()
+    assert manifest.tensors[PARAMETER].shape == (6, 8)
+    assert manifest.tensors[PARAMETER].dtype == "bfloat16"
+    raw = matrix().view(torch.int16).numpy().tobytes()
+    assert manifest.tensors[PARAMETER].sha256 == hashlib.sha256(raw).hexdigest() == tensor_sha256(matrix())
+    assert manifest.files.keys() == {"delta.safetensors", "edits.jsonl"}
+
+
+def test_the_same_version_has_the_same_checksum_anywhere(tmp_path: Path) -> None:
+    here, there = (VersionStore(str(tmp_path / name)) for name in ("here", "there"))
+    first = here.write(info(1), {PARAMETER: matrix()}, EDITS).checksum
+    assert first == there.write(info(1), {PARAMETER: matrix()}, EDITS).checksum
+    assert first != there.write(info(2), {PARAMETER: matrix(1)}, EDITS).checksum
+
+
+def test_checksums_ignore_strides() -> None:
+    assert tensor_sha256(matrix().T.contiguous().T) == tensor_sha256(matrix())
+
+
+def test_versions_are_listed_in_numeric_order(any_store: VersionStore) -> None:
+    for version in (1_000_000, 2, 0):
+        any_store.write(info(version), {PARAMETER: matrix()}, [])
+    assert any_store.versions() == [0, 2, 1_000_000]
+
+
+def test_a_version_written_by_another_process_is_seen(any_store: VersionStore, tmp_path: Path, root: Path) -> None:
+    assert any_store.versions() == []
+    any_store.write(info(0), {PARAMETER: matrix()}, [])
+    assert any_store.versions() == [0]
+
+
+def test_an_unknown_version_is_named(any_store: VersionStore) -> None:
+    with pytest.raises(UnknownVersion, match="version 9"):
+        any_store.load(9)
+
+
+def test_a_version_is_never_overwritten(any_store: VersionStore) -> None:
+    any_store.write(info(1), {PARAMETER: matrix(1)}, [])
+    with pytest.raises(VersionExists, match="version 1"):
+        any_store.write(info(1), {PARAMETER: matrix(2)}, [])
+    assert torch.equal(any_store.load(1)[PARAMETER], matrix(1))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_one_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["delta.safetensors", "edits.jsonl"])
+def test_a_damaged_file_is_named(store: VersionStore, root: Path, damage: Callable[[Path], None], name: str) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    damage(root / "versions" / "000001" / name)
+    with pytest.raises(DamagedDelta, match=f"version 1: {name}"):
+        store.load(1) if name == "delta.safetensors" else store.edits(1)
+
+
+def test_a_delta_that_is_not_what_its_manifest_says_is_refused(store: VersionStore, root: Path) -> None:
+    store.write(info(1), {PARAMETER: matrix(1)}, [])
+    edit_manifest(root, 1, lambda manifest: manifest["tensors"][PARAMETER].update(sha256="b" * 64))
+    with pytest.raises(DamagedDelta, match=f"tensor {PARAMETER}"):
+        store.load(1)
+
+
+def edit_manifest(root: Path, version: int, change: Callable[[dict], object]) -> None:
+    path = root / "versions" / f"{version:06d}" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(surprise=1),
+        lambda manifest: manifest.update(format=2),
+        lambda manifest: manifest.pop("base"),
+        lambda manifest: manifest.update(version=2),
+    ],
+    ids=["unknown field", "unknown format", "missing field", "another version"],
+)
+def test_a_manifest_that_cannot_be_trusted_is_refused(
+    store: VersionStore, root: Path, change: Callable[[dict], object]
+) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, [])
+    edit_manifest(root, 1, change)
+    with pytest.raises(DamagedDelta, match=r"version 1: manifest\.json"):
+        store.manifest(1)
+
+
+def test_a_version_without_its_manifest_is_not_there(store: VersionStore, root: Path) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, [])
+    (root / "versions" / "000001" / "manifest.json").unlink()
+    assert store.versions() == []
+    with pytest.raises(UnknownVersion):
+        store.load(1)
+
+
+def test_a_folder_being_written_is_not_there(store: VersionStore, root: Path) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, [])
+    (root / "versions" / "000001").rename(root / "versions" / ".000001.abc")
+    assert store.versions() == []
+
+
+def test_another_bases_version_is_refused(store: VersionStore) -> None:
+    store.write(info(1, fingerprint="c" * 64), {PARAMETER: matrix()}, [])
+    with pytest.raises(WrongBase, match=r"c{64}.*a{64}"):
+        store.load(1, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {PARAMETER: (8, 6)},
+        {"model.layers.2.mlp.down_proj.weight": (6, 8)},
+        {PARAMETER: (6, 8), "another.weight": (1,)},
+    ],
+    ids=["another shape", "another tensor", "a tensor too few"],
+)
+def test_tensors_that_the_model_does_not_have_are_refused(
+    store: VersionStore, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, [])
+    with pytest.raises(WrongShape, match="version 1: tensor"):
+        store.load(1, shapes=shapes)
+
+
+def test_a_full_disk_leaves_nothing_behind(store: VersionStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    assert list((root / "versions").iterdir()) == []
+    store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    assert store.versions() == [1]
+
+
+def test_a_failed_upload_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = VersionStore(f"memory://{tmp_path}")
+    uploaded: list[str] = []
+    pipe_file = store._fs.pipe_file
+
+    def fail_at_the_manifest(path: str, data: bytes) -> None:
+        if path.endswith("manifest.json"):
+            raise ConnectionResetError("lost")
+        uploaded.append(path)
+        pipe_file(path, data)
+
+    monkeypatch.setattr(store._fs, "pipe_file", fail_at_the_manifest)
+    with pytest.raises(StoreUnavailable, match="lost"):
+        store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    assert len(uploaded) == 2
+    assert not any(store._fs.exists(path) for path in uploaded)
+    assert store.versions() == []
+
+
+def test_the_manifest_is_uploaded_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = VersionStore(f"memory://{tmp_path}")
+    uploaded: list[str] = []
+    monkeypatch.setattr(store._fs, "pipe_file", lambda path, data: uploaded.append(path.rpartition("/")[2]))
+    store.write(info(1), {PARAMETER: matrix()}, [])
+    assert uploaded == ["delta.safetensors", "edits.jsonl", "manifest.json"]
+
+
+def test_an_unreadable_store_says_so(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file where the folder should be")
+    with pytest.raises(StoreUnavailable, match="version 1"):
+        VersionStore(str(tmp_path / "store")).manifest(1)
+
+
+def test_a_fetched_copy_is_a_version_of_its_own(any_store: VersionStore, tmp_path: Path) -> None:
+    manifest = any_store.write(info(4), {PARAMETER: matrix()}, EDITS)
+    copy = tmp_path / "copy" / "versions" / "000004"
+    assert any_store.fetch(4, copy) == manifest
+    local = VersionStore(str(tmp_path / "copy"))
+    assert torch.equal(local.load(4)[PARAMETER], matrix())
+    assert local.edits(4) == EDITS
+    with pytest.raises(VersionExists):
+        any_store.fetch(4, copy)
+
+
+def test_a_damaged_version_is_not_fetched(store: VersionStore, root: Path, tmp_path: Path) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    flip_one_bit(root / "versions" / "000001" / "delta.safetensors")
+    with pytest.raises(DamagedDelta):
+        store.fetch(1, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_manifest_cannot_be_changed(store: VersionStore) -> None:
+    manifest = store.write(info(1), {PARAMETER: matrix()}, [])
+    with pytest.raises(ValueError, match="frozen"):
+        manifest.version = 2  # type: ignore[misc]
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

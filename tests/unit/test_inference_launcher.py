@@ -1,0 +1,104 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from worker import checkpoint
+from worker.inference.environment import IncompleteEnvironment, NodeEnvironment
+from worker.inference.launcher import Command, build_command
+
+TOKEN = {"ERRATA_NODE_TOKEN": "secret"}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
+    save_file({"model.layers.2.mlp.down_proj.weight": torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def value(command: Command, flag: str) -> str:
+    return command.arguments[command.arguments.index(flag) + 1]
+
+
+def flags(model_dir: Path) -> list[str]:
+    return ["--model", str(model_dir), "--store", "s3://bucket/store", "--cache", str(model_dir / "cache")]
+
+
+def test_the_server_is_told_what_the_node_is(model_dir: Path) -> None:
+    command = build_command([*flags(model_dir), "--slots", "3", "--port", "9000"], TOKEN, on_cpu=True)
+    assert command.arguments[:2] == [sys.executable, "-m"]
+    assert value(command, "--model") == str(model_dir)
+    assert value(command, "--served-model-name") == "base"
+    assert value(command, "--lora-target-modules") == "model.layers.2.mlp.down_proj"
+    assert value(command, "--max-loras") == "3"
+    assert value(command, "--max-cpu-loras") == "16"
+    assert value(command, "--port") == "9000"
+    assert "--enforce-eager" in command.arguments
+    assert "secret" not in " ".join(command.arguments)
+
+
+def test_the_plugin_is_told_what_the_node_is(model_dir: Path) -> None:
+    command = build_command(flags(model_dir), TOKEN, on_cpu=True)
+    node = NodeEnvironment.read(command.environ)
+    assert node.location == "model.layers.2.mlp.down_proj"
+    assert node.fingerprint == checkpoint.fingerprint(model_dir)
+    assert node.store_url == "s3://bucket/store"
+    assert command.environ["VLLM_PLUGINS"] == "errata"
+    assert command.environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_a_relative_store_is_made_absolute(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model_dir)
+    command = build_command(["--model", ".", "--store", "store", "--cache", "cache"], TOKEN, on_cpu=True)
+    node = NodeEnvironment.read(command.environ)
+    assert (node.store_url, node.cache_dir, node.model_dir) == (
+        str(model_dir / "store"),
+        model_dir / "cache",
+        model_dir,
+    )
+
+
+def test_every_setting_can_come_from_the_environment(model_dir: Path) -> None:
+    environ = {
+        **TOKEN,
+        "ERRATA_MODEL": str(model_dir),
+        "ERRATA_LOCATION": "model.layers.2.mlp.down_proj.weight",
+        "ERRATA_STORE": "/store",
+        "ERRATA_NODE_CACHE": "/cache",
+        "ERRATA_NODE_SLOTS": "2",
+        "ERRATA_NODE_HOST_SLOTS": "8",
+        "ERRATA_MAX_MODEL_LEN": "512",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+    }
+    command = build_command([], environ, on_cpu=True)
+    found = [value(command, flag) for flag in ("--max-loras", "--max-cpu-loras", "--max-model-len")]
+    assert found == ["2", "8", "512"]
+    assert command.environ["ERRATA_LOCATION"] == "model.layers.2.mlp.down_proj"
+    assert command.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def test_vllms_own_flags_come_last(model_dir: Path) -> None:
+    command = build_command([*flags(model_dir), "--", "--seed", "1"], TOKEN, on_cpu=False)
+    assert command.arguments[-2:] == ["--seed", "1"]
+    assert "--enforce-eager" not in command.arguments
+    assert "VLLM_CPU_KVCACHE_SPACE" not in command.environ
+
+
+def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:
+    with pytest.raises(IncompleteEnvironment, match="ERRATA_NODE_TOKEN"):
+        build_command(flags(model_dir), {}, on_cpu=True)
+
+
+def test_a_location_that_the_model_lacks_is_refused(model_dir: Path) -> None:
+    with pytest.raises(checkpoint.UnknownLocation, match=r"layers\.20\."):
+        build_command([*flags(model_dir), "--location", "model.layers.20.mlp.down_proj"], TOKEN, on_cpu=True)
+
+
+def test_a_missing_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_command([], TOKEN, on_cpu=True)
+    assert "--model, --store, --cache" in capsys.readouterr().err

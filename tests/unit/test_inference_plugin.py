@@ -1,0 +1,129 @@
+"""What happens in vLLM's processes before a model is loaded: checks, registration, refusal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.lora import utils
+from vllm.lora.layers import RowParallelLinearWithLoRA
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from worker.checkpoint import UnknownLocation
+from worker.inference import interfaces, plugin
+from worker.inference.environment import IncompleteEnvironment, NodeEnvironment
+from worker.inference.layer import VersionedRowParallelLinear
+from worker.inference.resolver import VersionResolver
+
+LOCATION = "model.layers.22.mlp.down_proj"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    save_file({f"{LOCATION}.weight": torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    node = NodeEnvironment(tmp_path, str(tmp_path / "store"), tmp_path / "cache", LOCATION, "a" * 64)
+    return {**node.variables(), "ERRATA_NODE_TOKEN": "secret"}
+
+
+@pytest.fixture(autouse=True)
+def untouched_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "_all_lora_classes", utils._all_lora_classes)
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+
+
+def become(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_installed_vllm_has_all_that_the_plugin_leans_on() -> None:
+    interfaces.check()
+
+
+def test_a_missing_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(RowParallelLinearWithLoRA, "slice_lora_a")
+    monkeypatch.delattr("vllm.lora.layers.base.BaseLayerWithLoRA.slice_lora_a")
+    with pytest.raises(interfaces.IncompatibleVllm, match=r"slice_lora_a is gone"):
+        interfaces.check()
+
+
+def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_lora(self: object, slot: int, lora_a: object, lora_b: object) -> None: ...
+
+    monkeypatch.setattr(RowParallelLinearWithLoRA, "set_lora", set_lora)
+    with pytest.raises(interfaces.IncompatibleVllm, match=r"set_lora takes no index"):
+        interfaces.check()
+
+
+def test_an_attribute_that_is_no_longer_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: object, base_layer: object) -> None: ...
+
+    monkeypatch.setattr(RowParallelLinearWithLoRA, "__init__", init)
+    with pytest.raises(interfaces.IncompatibleVllm, match=r"__init__ sets no input_size"):
+        interfaces.check()
+
+
+def test_a_missing_list_of_layer_classes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(utils, "_all_lora_classes")
+    with pytest.raises(interfaces.IncompatibleVllm, match="_all_lora_classes"):
+        interfaces.check()
+
+
+def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.33.0+cpu")
+    with pytest.raises(interfaces.IncompatibleVllm, match=r"vLLM is 0\.33\.0, not 0\.32\.0"):
+        interfaces.check()
+
+
+def test_a_process_that_is_no_node_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ERRATA_LOCATION", raising=False)
+    plugin.register()
+    assert VersionedRowParallelLinear not in utils._all_lora_classes
+    assert not LoRAResolverRegistry.get_supported_resolvers()
+
+
+def test_registering_twice_is_registering_once(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    become(environment, monkeypatch)
+    plugin.register()
+    resolver = LoRAResolverRegistry.get_resolver("errata")
+    plugin.register()
+    assert utils._all_lora_classes[0] is VersionedRowParallelLinear
+    assert utils._all_lora_classes.count(VersionedRowParallelLinear) == 1
+    assert LoRAResolverRegistry.get_resolver("errata") is resolver
+    assert isinstance(resolver, VersionResolver)
+
+
+def test_a_node_does_not_start_on_a_vllm_that_moved(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become(environment, monkeypatch)
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    with pytest.raises(interfaces.IncompatibleVllm):
+        plugin.register()
+    assert VersionedRowParallelLinear not in utils._all_lora_classes
+
+
+@pytest.mark.parametrize("name", ["ERRATA_STORE", "ERRATA_BASE_FINGERPRINT", "ERRATA_NODE_TOKEN"])
+def test_a_node_does_not_start_half_configured(
+    environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become(environment, monkeypatch)
+    monkeypatch.delenv(name)
+    with pytest.raises(IncompleteEnvironment, match=name):
+        plugin.register()
+
+
+def test_a_node_does_not_start_on_a_location_that_its_model_lacks(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become({**environment, "ERRATA_LOCATION": "model.layers.2.mlp.down_proj"}, monkeypatch)
+    with pytest.raises(UnknownLocation, match=r"layers\.2\."):
+        plugin.register()
+
+
+def test_a_nodes_environment_comes_back(environment: dict[str, str]) -> None:
+    node = NodeEnvironment.read(environment)
+    assert node.parameter == f"{LOCATION}.weight"
+    assert {**node.variables(), "ERRATA_NODE_TOKEN": "secret"} == environment

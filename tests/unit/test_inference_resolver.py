@@ -1,0 +1,142 @@
+"""From a model name to a local, verified adapter folder, or to a refusal that says why."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from worker.delta import Base, DamagedDelta, UnknownVersion, VersionInfo, VersionStore, WrongBase, WrongShape
+from worker.inference.adapter import AdapterCache
+from worker.inference.resolver import VersionRefused, VersionResolver, model_name, version_of
+
+LOCATION = "model.layers.22.mlp.down_proj"
+PARAMETER = f"{LOCATION}.weight"
+FINGERPRINT = "a" * 64
+
+
+def matrix(version: int) -> Tensor:
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(version)).bfloat16()
+
+
+def write(store: VersionStore, version: int, tensor: Tensor | None = None, fingerprint: str = FINGERPRINT) -> None:
+    base = Base(name="tiny", fingerprint=fingerprint)
+    info = VersionInfo(
+        version=version, parent=None, base=base, location=LOCATION, run={}, metrics={}, created_at=1_700_000_000
+    )
+    store.write(info, {PARAMETER: matrix(version) if tensor is None else tensor}, [])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> VersionStore:
+    return VersionStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def adapters(store: VersionStore, tmp_path: Path) -> AdapterCache:
+    return AdapterCache(store, tmp_path / "cache", FINGERPRINT, {PARAMETER: (6, 8)})
+
+
+def lora_a(adapter: Path) -> Tensor:
+    return load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{LOCATION}.lora_A.weight"]
+
+
+def test_an_adapter_holds_the_whole_matrix(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 1)
+    adapter = adapters.ensure(1)
+    assert torch.equal(lora_a(adapter), matrix(1))
+    lora_b = load_file(adapter / "adapter_model.safetensors")[f"base_model.model.{LOCATION}.lora_B.weight"]
+    assert lora_b.shape == (6, 1)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (1, 1, [LOCATION])
+
+
+def test_an_intact_adapter_is_kept(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 1)
+    adapter = adapters.ensure(1)
+    written = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    assert adapters.ensure(1) == adapter
+    assert (adapter / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "unlink"])
+def test_a_damaged_adapter_is_made_again_at_a_new_path(
+    store: VersionStore, adapters: AdapterCache, damage: str
+) -> None:
+    write(store, 1)
+    first = adapters.ensure(1)
+    weights = first / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    # The first matrix in the file is A: its last bytes, not those of B.
+    content[-(6 * 1 * 2) - 3] ^= 4
+    weights.unlink()
+    if damage != "unlink":
+        weights.write_bytes(content if damage == "flip" else content[:-9])
+
+    second = adapters.ensure(1)
+    assert second != first
+    assert torch.equal(lora_a(second), matrix(1))
+    assert adapters.ensure(1) == second
+
+
+def test_two_stores_versions_of_one_number_do_not_share_a_path(
+    store: VersionStore, adapters: AdapterCache, tmp_path: Path
+) -> None:
+    write(store, 1)
+    other = VersionStore(str(tmp_path / "other"))
+    write(other, 1, matrix(99))
+    others = AdapterCache(other, adapters.folder, FINGERPRINT, adapters.shapes)
+    assert adapters.ensure(1) != others.ensure(1)
+    assert torch.equal(lora_a(others.ensure(1)), matrix(99))
+
+
+def test_many_threads_get_one_folder(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 1)
+    start = threading.Barrier(8)
+
+    def ensure(_: int) -> Path:
+        start.wait()
+        return adapters.ensure(1)
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(ensure, range(8)))
+    assert len(folders) == 1
+    assert [path.name for path in folders.pop().parent.iterdir()] == [adapters.ensure(1).name]
+
+
+def test_what_is_refused_leaves_no_folder(store: VersionStore, adapters: AdapterCache, tmp_path: Path) -> None:
+    write(store, 3)
+    (tmp_path / "store" / "versions" / "000003" / "delta.safetensors").write_bytes(b"short")
+    write(store, 4, torch.zeros(6, 9))
+    write(store, 5, fingerprint="b" * 64)
+    for version, error in [(3, DamagedDelta), (4, WrongShape), (5, WrongBase), (6, UnknownVersion)]:
+        with pytest.raises(error):
+            adapters.ensure(version)
+    assert list((tmp_path / "cache").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "errata", "errata@", "errata@-1", "errata@01", "errata@1 ", "xerrata@1", "errata@1\n"]
+)
+async def test_other_names_are_nobodys(adapters: AdapterCache, name: str) -> None:
+    assert version_of(name) is None
+    assert await VersionResolver(adapters).resolve_lora("base", name) is None
+
+
+async def test_a_version_resolves_to_its_adapter(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 10)
+    request = await VersionResolver(adapters).resolve_lora("base", model_name(10))
+    assert request is not None
+    assert request.lora_name == "errata@10"
+    assert request.lora_path == str(adapters.ensure(10))
+
+
+async def test_a_refusal_carries_its_reason(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 5, fingerprint="b" * 64)
+    with pytest.raises(VersionRefused, match=r"version 5 is for the base model b{64}") as refusal:
+        await VersionResolver(adapters).resolve_lora("base", "errata@5")
+    assert isinstance(refusal.value.reason, WrongBase)

@@ -1,0 +1,122 @@
+"""The node's routes over a stand-in for the engine: what they answer, and how they refuse."""
+
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from worker.delta import DamagedDelta, StoreUnavailable, UnknownVersion, WrongBase, WrongShape
+from worker.inference.environment import NodeEnvironment
+from worker.inference.residents import LoadFailed, NotResident, Resident
+from worker.inference.resolver import VersionRefused
+from worker.inference.routes import VersionRoutes
+
+
+@dataclass
+class Holder:
+    """Stands in for ResidentVersions: holds what it is told to load, or fails as it is told to."""
+
+    failure: Exception | None = None
+    held: list[int] = field(default_factory=list)
+
+    async def list(self, *, checksum: bool) -> list[Resident]:
+        return [Resident(version, 0, {"w": "00"} if checksum else None) for version in self.held]
+
+    async def prefetch(self, version: int) -> None:
+        if self.failure:
+            raise self.failure
+        self.held.append(version)
+
+    async def checksums(self, version: int) -> dict[str, str]:
+        if version not in self.held:
+            raise NotResident(version)
+        return {"w": "00"}
+
+    async def evict(self, version: int) -> None:
+        if version not in self.held:
+            raise NotResident(version)
+        self.held.remove(version)
+
+
+@pytest.fixture
+def holder() -> Holder:
+    return Holder()
+
+
+@pytest.fixture
+async def client(holder: Holder, tmp_path):
+    app = FastAPI()
+    VersionRoutes(NodeEnvironment(tmp_path, "store", tmp_path, "model.down", "a" * 64)).attach_router(app)
+    app.state.errata_residents = holder
+    app.state.errata_identity = {"fingerprint": "a" * 64, "location": "model.down", "slots": 2}
+
+    @app.get("/v1/ask")
+    async def ask() -> None:
+        raise VersionRefused(holder.failure)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as client:
+        yield client
+
+
+async def test_a_version_comes_and_goes(client: httpx.AsyncClient) -> None:
+    loaded = await client.post("/errata/versions/7/prefetch")
+    assert loaded.status_code == 200
+    assert loaded.json()["version"] == 7
+    assert loaded.json()["load_s"] >= 0
+    assert (await client.get("/errata/versions")).json() == {
+        "fingerprint": "a" * 64,
+        "location": "model.down",
+        "slots": 2,
+        "resident": [{"version": 7, "slot": 0, "sha256": None}],
+    }
+    read_back = (await client.get("/errata/versions", params={"checksum": "true"})).json()
+    assert read_back["resident"] == [{"version": 7, "slot": 0, "sha256": {"w": "00"}}]
+    assert (await client.get("/errata/versions/7/checksum")).json() == {"version": 7, "tensors": {"w": "00"}}
+    evicted = await client.delete("/errata/versions/7")
+    assert (evicted.status_code, evicted.content) == (204, b"")
+    assert (await client.get("/errata/versions")).json()["resident"] == []
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/errata/versions/7/checksum"), ("DELETE", "/errata/versions/7")])
+async def test_what_is_not_resident_is_404(client: httpx.AsyncClient, method: str, path: str) -> None:
+    response = await client.request(method, path)
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": "version 7 is not resident",
+            "type": "invalid_request_error",
+            "param": "version",
+            "code": "not_resident",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "status_of_a_request", "code"),
+    [
+        (UnknownVersion("why"), 404, 404, "unknown_version"),
+        (DamagedDelta("why"), 409, 400, "damaged_version"),
+        (WrongBase("why"), 409, 400, "wrong_base"),
+        (WrongShape("why"), 409, 400, "wrong_shape"),
+        (StoreUnavailable("why"), 503, 503, "store_unavailable"),
+    ],
+)
+async def test_a_refusal_has_a_status_and_a_code(
+    client: httpx.AsyncClient, holder: Holder, failure: Exception, status: int, status_of_a_request: int, code: str
+) -> None:
+    holder.failure = failure
+    prefetched = await client.post("/errata/versions/7/prefetch")
+    asked = await client.get("/v1/ask")
+    assert (prefetched.status_code, asked.status_code) == (status, status_of_a_request)
+    for response, param in ((prefetched, "version"), (asked, "model")):
+        assert response.json()["error"]["message"] == "why"
+        assert response.json()["error"]["code"] == code
+        assert response.json()["error"]["param"] == param
+
+
+async def test_an_engine_that_cannot_load_is_a_server_error(client: httpx.AsyncClient, holder: Holder) -> None:
+    holder.failure = LoadFailed("why")
+    response = await client.post("/errata/versions/7/prefetch")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "load_failed")
+    assert response.json()["error"]["type"] == "server_error"
