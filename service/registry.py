@@ -62,6 +62,7 @@ class VersionRegistry:
             "record": record.model_dump_json(),
             "members": list(members),
             "token": token,
+            "run": record.run,
         }
         match self._commit(payload).get("refused"):
             case "fenced":

@@ -41,6 +41,7 @@ class RunStore:
         self._request = Script(redis, "request_run", context)
         self._start = Script(redis, "start_run", context)
         self._renew = Script(redis, "renew_run", context)
+        self._hand_over = Script(redis, "hand_over", context)
         self._finish = Script(redis, "finish_run", context)
 
     def request(self, trigger: Trigger) -> tuple[Run, bool]:
@@ -63,6 +64,15 @@ class RunStore:
         if answer.get("lost"):
             raise LeaseLostError(f"run {run.id} was taken over")
         return bool(answer["cancel"])
+
+    def hand_over(self, run: Run, version: int) -> None:
+        """The run's version is committed and waits for its verification.
+
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        if self._hand_over({"run": run.id, "version": version}).get("lost"):
+            raise LeaseLostError(f"run {run.id} was taken over")
 
     def finish(self, run_id: str, status: RunStatus, *, error: EditError | None = None) -> bool:
         """Ends a run; returns False if it had ended before."""

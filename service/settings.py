@@ -3,20 +3,19 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from service.schemas import Trigger
 
 _PREFIX = "ERRATA_"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The one set of settings of all processes; the README's table is generated from it."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     home: Path = Field(default=Path(".errata"), description="Directory of all state of the embedded stack")
     host: str = Field(default="127.0.0.1", description="Address that the API listens on")
@@ -31,7 +30,7 @@ class Settings(BaseSettings):
     )
     redis_url: str = Field(default="", description="An existing Redis; empty: the embedded one")
     store: str = Field(default="", description="Version store: a directory or fsspec URL; empty: `versions` under home")
-    nodes: Annotated[tuple[str, ...], NoDecode] = Field(
+    nodes: tuple[str, ...] = Field(
         default=(), description="Comma-separated base URLs of vLLM nodes that run elsewhere; empty: one embedded node"
     )
     node_token: SecretStr = Field(
@@ -62,10 +61,11 @@ class Settings(BaseSettings):
     run_max_s: float = Field(default=6 * 3600.0, gt=0, description="Longest run, seconds")
     run_lease_s: float = Field(default=30.0, gt=0, description="A run whose worker is silent so long is taken over")
 
+    evaluate_sample: int = Field(default=100, ge=0, description="Older edits that a run measures beside its new ones")
     gate_min_reliability: float = Field(
         default=0.9, ge=0, le=1, description="Least share of the evaluated edits learned"
     )
-    gate_min_locality: float = Field(default=0.0, ge=0, le=1, description="Least share of unrelated answers unchanged")
+    gate_min_locality: float = Field(default=0.5, ge=0, le=1, description="Least share of unrelated answers unchanged")
     gate_max_perplexity_ratio: float = Field(default=1.5, gt=0, description="Most perplexity, as a ratio to the base's")
     verify_min_new: float = Field(
         default=0.5, ge=0, le=1, description="Least share of a version's new edits that a node must answer right"
@@ -98,15 +98,24 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Reads the environment.
+        """Reads the environment; an empty variable is the default.
 
         Raises:
             ValueError: a variable has the prefix and is no setting, or a value is wrong; the message names it.
         """
-        known = {_PREFIX + name.upper() for name in cls.model_fields}
-        if unknown := sorted(name for name in environ if name.startswith(_PREFIX) and name not in known):
+        fields = {_PREFIX + name.upper(): name for name in cls.model_fields}
+        given = {name: value for name, value in environ.items() if name.startswith(_PREFIX)}
+        if unknown := sorted(given.keys() - fields.keys()):
             raise ValueError(f"unknown setting: {', '.join(unknown)}")
-        return cls()
+        return cls.model_validate({fields[name]: value for name, value in given.items() if value})
+
+    def environment(self) -> dict[str, str]:
+        """The variables that give these settings, for the processes of a stack; defaults and secrets are left out."""
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"node_token", "redis_url"})
+        return {
+            _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
+            for name, value in values.items()
+        }
 
     @property
     def store_url(self) -> str:

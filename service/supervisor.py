@@ -1,0 +1,144 @@
+"""supervisord for the embedded stack: its configuration, and the few calls made to it (http://supervisord.org)."""
+
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from configparser import RawConfigParser
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, cast
+
+_STOP_WAIT_S = 30
+_LOG_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class Program:
+    """One process to keep running; a lower priority starts earlier and stops later."""
+
+    name: str
+    command: Sequence[str]
+    priority: int
+
+
+@dataclass(frozen=True)
+class Process:
+    """What supervisord says of a process; ``state`` is its word: RUNNING, STARTING, BACKOFF, FATAL, STOPPED …"""
+
+    name: str
+    state: str
+    pid: int
+    uptime_s: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """One supervisord, reached on a loopback port with a password."""
+
+    folder: Path
+    port: int
+    password: str
+
+    @property
+    def _server(self) -> Any:
+        return xmlrpc.client.ServerProxy(f"http://errata:{self.password}@127.0.0.1:{self.port}/RPC2").supervisor
+
+    def log_file(self, name: str) -> Path:
+        """Where a process writes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def start(self, programs: Sequence[Program], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Starts supervisord with these programs; the secrets are in the environment, never in a command line."""
+        self.log_file("").parent.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "supervisord.conf"
+        config.touch(mode=0o600)
+        with config.open("w") as file:
+            self._configuration(programs).write(file)
+        with self.log_file("supervisord").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--configuration", str(config)],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C is for whoever started the stack, who then stops it in order.
+                start_new_session=True,
+            )
+
+    def processes(self) -> list[Process]:
+        """The processes, or none if supervisord is not there."""
+        try:
+            rows = cast(list[dict[str, Any]], self._server.getAllProcessInfo())
+        except (OSError, HTTPException, xmlrpc.client.Error):
+            return []
+        return [
+            Process(
+                name=row["name"],
+                state=row["statename"],
+                pid=row["pid"],
+                uptime_s=max(0, row["now"] - row["start"]) if row["pid"] else 0,
+                description=row["description"],
+            )
+            for row in rows
+        ]
+
+    def shut_down(self) -> bool:
+        """Stops all processes and supervisord; returns False if it was not there.
+
+        Raises:
+            TimeoutError: it is still there after the time that its processes have to stop.
+        """
+        try:
+            self._server.shutdown()
+        except (OSError, HTTPException, xmlrpc.client.Error):
+            return False
+        deadline = time.monotonic() + 2 * _STOP_WAIT_S
+        while self.processes():
+            if time.monotonic() > deadline:
+                raise TimeoutError("supervisord did not stop")
+            time.sleep(0.1)
+        return True
+
+    def _configuration(self, programs: Sequence[Program]) -> RawConfigParser:
+        parser = RawConfigParser()
+        parser["supervisord"] = {
+            "logfile": "/dev/null",
+            "logfile_maxbytes": "0",
+            "pidfile": str(self.folder / "supervisord.pid"),
+            "nodaemon": "true",
+            "silent": "true",
+        }
+        parser["inet_http_server"] = {
+            "port": f"127.0.0.1:{self.port}",
+            "username": "errata",
+            "password": self.password,
+        }
+        parser["rpcinterface:supervisor"] = {
+            "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+        }
+        for program in programs:
+            parser[f"program:{program.name}"] = {
+                "command": " ".join(_quoted(word) for word in program.command),
+                "priority": str(program.priority),
+                "autorestart": "true",
+                "startsecs": "2",
+                "startretries": "10",
+                "stopwaitsecs": str(_STOP_WAIT_S),
+                "stopasgroup": "true",
+                "killasgroup": "true",
+                "redirect_stderr": "true",
+                "stdout_logfile": str(self.log_file(program.name)),
+                "stdout_logfile_maxbytes": str(_LOG_BYTES),
+                "stdout_logfile_backups": "3",
+            }
+        return parser
+
+
+def _quoted(word: str) -> str:
+    # supervisord expands % and splits as a shell does.
+    escaped = word.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,78 @@
+"""The train worker: Celery shells around Trainer; ``celery -A worker.tasks worker -Q train --pool solo``."""
+
+import logging
+import socket
+import threading
+from typing import Any
+
+from celery.signals import worker_init, worker_shutting_down
+
+from service.logs import configure_logging
+from service.queue import TRAIN, TaskQueue, create_celery
+from service.settings import Settings
+from service.stores import Stores
+from worker.delta import DeltaError, VersionStore
+from worker.evaluation.metrics import Evaluator
+from worker.model import load_base
+from worker.run import Trainer
+from worker.training.prefix import PrefixCache
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 3.0
+
+configure_logging(logging.INFO)
+_settings = Settings.from_env()
+_stopping = threading.Event()
+app = create_celery(_settings)
+_trainers: list[Trainer] = []
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def load(**_: Any) -> None:
+    """Loads the model once for the life of the process, writes version 0, and says that the worker is there."""
+    stores = Stores.connect(_settings)
+    try:
+        trainer = _trainer(stores)
+        trainer.register_base()
+    except (ValueError, OSError, DeltaError) as error:
+        # Celery logs what a signal's receiver raises and goes on; a worker without a model must not.
+        log.error("worker.not_started", extra={"reason": str(error)})
+        raise SystemExit(1) from error
+    _trainers.append(trainer)
+    threading.Thread(target=_beat, args=(stores,), name="heartbeat", daemon=True).start()
+    base = trainer.base
+    log.info("worker.ready", extra={"model": base.name, "location": base.location, "device": str(base.device)})
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def stop(**_: Any) -> None:
+    """Ends a run at its next step; its edits are queued again."""
+    _stopping.set()
+
+
+@app.task(name=TRAIN)  # type: ignore[untyped-decorator]
+def run(run_id: str) -> None:
+    """Carries out a queued run."""
+    _trainers[0].execute(run_id)
+
+
+def _trainer(stores: Stores) -> Trainer:
+    base = load_base(_settings.model, _settings.location, device=_settings.device or None)
+    prefix = PrefixCache(_settings.train_prefix_bytes)
+    return Trainer(
+        base=base,
+        prefix=prefix,
+        evaluator=Evaluator(base, prefix=prefix),
+        versions=VersionStore(_settings.store_url),
+        stores=stores,
+        queue=TaskQueue(app, stores.redis),
+        settings=_settings,
+        stopping=_stopping,
+    )
+
+
+def _beat(stores: Stores) -> None:
+    name = socket.gethostname()
+    while not _stopping.wait(_HEARTBEAT_S):
+        stores.runs.beat(name)
