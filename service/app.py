@@ -12,6 +12,7 @@ from service.api import edits, events, health, runs, versions
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, RequestId
+from service.events import BLOCK_S
 from service.gateway import router as gateway
 from service.gateway.proxy import Proxy
 from service.logs import configure_logging
@@ -38,7 +39,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stores = Stores.connect(chosen)
-        async_redis = AsyncRedis.from_url(chosen.redis_url, decode_responses=True)
+        async_redis = AsyncRedis.from_url(chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3)
         queue = TaskQueue(create_celery(chosen), stores.redis)
         app.state.parts = Parts(
             settings=chosen,

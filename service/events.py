@@ -10,7 +10,7 @@ from redis.asyncio import Redis as AsyncRedis
 from service.keys import EventKeys
 from service.schemas import Event
 
-_BLOCK_MS = 5_000
+BLOCK_S = 5
 NEWEST = "$"
 
 
@@ -35,8 +35,12 @@ class EventStream:
 async def follow(redis: AsyncRedis, after: str) -> AsyncIterator[Event | None]:
     """Events after an id, as they come; None whenever nothing came for some seconds, so that a caller can look up."""
     key = EventKeys().events
+    if after == NEWEST:
+        # Resolved once: between two reads from NEWEST an event would be lost.
+        newest = await redis.xrevrange(key, count=1)
+        after = newest[0][0] if newest else "0-0"
     while True:
-        answer = await redis.xread({key: after}, count=100, block=_BLOCK_MS)
+        answer = await redis.xread({key: after}, count=100, block=BLOCK_S * 1000)
         if not answer:
             yield None
             continue
