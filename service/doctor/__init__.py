@@ -1,0 +1,6 @@
+"""``errata doctor``: what is wrong with a stack, and what to do."""
+
+from service.doctor.checks import Finding, Level
+from service.doctor.examination import examine
+
+__all__ = ["Finding", "Level", "examine"]

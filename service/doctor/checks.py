@@ -1,0 +1,217 @@
+"""What is well and what is not: each check is a pure function of what was found."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from service.schemas import Health, Run, RunStatus, VersionRecord, VersionState
+
+_GIB = 1024**3
+_FULL_BYTES = 1 * _GIB
+_TIGHT_BYTES = 5 * _GIB
+WORKER_SILENCE_S = 15.0
+CONTROL_WAIT_S = 8.0
+
+
+class Level(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what was found, and what to do unless it is well."""
+
+    part: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What a node said.
+
+    Attributes:
+        tensors: SHA-256 by parameter of the active version as it is on the node's device, or None.
+        trouble: why one of the others is missing.
+    """
+
+    address: str
+    ready: bool
+    resident: Sequence[int] = ()
+    tensors: Mapping[str, str] | None = None
+    trouble: str = ""
+
+
+def check_api(url: str | None, health: Health | str) -> Finding:
+    """The service answers and is ready; ``health`` is its answer, or why there is none."""
+    if url is None:
+        return Finding("service", Level.FAIL, "no stack runs under this home", "start one: errata up")
+    if isinstance(health, str):
+        return Finding("service", Level.FAIL, health, "see `errata ps` and `errata logs service`")
+    missing = [f"{name}: {check.detail}" for name, check in health.checks.items() if not check.ok]
+    if missing:
+        return Finding("service", Level.FAIL, f"not ready: {'; '.join(missing)}", "the lines below say more")
+    return Finding("service", Level.OK, f"ready at {url}, version {health.active} is active")
+
+
+def check_redis(config: Mapping[str, str]) -> list[Finding]:
+    """An acknowledged edit is on disk, and none is evicted; ``config`` is the answer of ``CONFIG GET``."""
+    if not config:
+        return [Finding("redis", Level.WARN, "does not tell its configuration", "make sure of: appendfsync always")]
+    wanted = {
+        "appendonly": ("yes", "edits are lost when Redis restarts"),
+        "appendfsync": ("always", "an edit that was acknowledged can be lost with the power"),
+        "maxmemory-policy": ("noeviction", "edits can be evicted when memory is short"),
+    }
+    wrong = [
+        Finding(
+            "redis",
+            Level.FAIL,
+            f"{name} is {config.get(name, 'unknown')}: {harm}",
+            f"redis-cli config set {name} {value} && redis-cli config rewrite",
+        )
+        for name, (value, harm) in wanted.items()
+        if config.get(name) != value
+    ]
+    return wrong or [Finding("redis", Level.OK, "answers; append-only file, fsync always, nothing is evicted")]
+
+
+def check_train_worker(heard_of: Sequence[str]) -> Finding:
+    """A train worker gave a sign of life lately."""
+    if heard_of:
+        return Finding("train worker", Level.OK, ", ".join(heard_of))
+    return Finding(
+        "train worker",
+        Level.FAIL,
+        f"none was heard of in the last {WORKER_SILENCE_S:.0f} s; edits stay queued",
+        "see `errata ps` and `errata logs train`",
+    )
+
+
+def check_control_worker(taken_up_after_s: float | None, run: Run | None) -> Finding:
+    """A control worker takes tasks.
+
+    Args:
+        taken_up_after_s: how long a task that was sent for this waited, or None if nobody took it.
+        run: the run under way; while its version is verified, the worker is busy.
+    """
+    part = "control worker"
+    if taken_up_after_s is not None:
+        return Finding(part, Level.OK, f"took a task after {taken_up_after_s:.1f} s")
+    if run and run.status is RunStatus.VERIFYING:
+        return Finding(part, Level.WARN, f"busy with verifying {run.id}", "look again in a minute")
+    return Finding(
+        part,
+        Level.FAIL,
+        f"took no task within {CONTROL_WAIT_S:.0f} s; versions are not verified or activated",
+        "see `errata ps` and `errata logs control`",
+    )
+
+
+def check_run(run: Run | None, *, leased: bool, now: float, longest_s: float) -> Finding:
+    """The run under way moves."""
+    if run is None:
+        return Finding("run", Level.OK, "none is under way")
+    took_s = now - (run.started_at or run.created_at)
+    where = f"{run.id} is {run.status} ({run.phase or 'no phase yet'}) for {took_s:.0f} s"
+    if run.status is RunStatus.TRAINING and not leased:
+        return Finding("run", Level.WARN, f"{where} and its worker is silent", "the control worker takes it over")
+    if took_s > longest_s:
+        return Finding("run", Level.FAIL, f"{where}, longer than ERRATA_RUN_MAX_S", "see `errata logs`")
+    return Finding("run", Level.OK, where)
+
+
+def check_node(node: NodeState, active: VersionRecord | None) -> Finding:
+    """A node is ready, holds the active version, and what is on its device is what was trained."""
+    part = f"node {node.address}"
+    if not node.ready:
+        return Finding(part, Level.FAIL, "is not ready", "see `errata logs node`, or the node's own log")
+    if active is None:
+        return Finding(part, Level.OK, "ready")
+    if node.trouble:
+        return Finding(part, Level.FAIL, node.trouble, "is ERRATA_NODE_TOKEN the node's own? see its log")
+    if active.version not in node.resident:
+        return Finding(
+            part,
+            Level.WARN,
+            f"does not hold version {active.version}, the active one",
+            "the next reconcile loads it; if not, see `errata logs control`",
+        )
+    if node.tensors != active.tensors:
+        return Finding(
+            part,
+            Level.FAIL,
+            f"version {active.version} on its device is not the one that was trained (checksums differ)",
+            "restart the node; it loads the version again and verifies it",
+        )
+    return Finding(part, Level.OK, f"holds version {active.version}; read back, its checksums are right")
+
+
+def check_model(model: str) -> Finding:
+    """The model's folder is whole."""
+    if not model:
+        return Finding("model", Level.OK, "the default model; errata up makes it if it is missing")
+    folder = Path(model)
+    if not folder.is_dir():
+        return Finding("model", Level.WARN, f"{model} is no folder here; taken as a hub id")
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        return Finding(
+            "model",
+            Level.FAIL,
+            f"{folder} lacks {', '.join(missing)}",
+            "set ERRATA_MODEL to a whole Hugging Face folder",
+        )
+    return Finding("model", Level.OK, str(folder))
+
+
+def check_disk(folders: Mapping[str, Path | None], free_bytes: Callable[[Path], int]) -> list[Finding]:
+    """There is room; a version store that is not a folder (None) is left out."""
+    findings = []
+    for name, folder in folders.items():
+        if folder is None:
+            continue
+        free = free_bytes(folder)
+        level = Level.FAIL if free < _FULL_BYTES else Level.WARN if free < _TIGHT_BYTES else Level.OK
+        advice = "" if level is Level.OK else "make room: Redis and the version store stop when the disk is full"
+        findings.append(Finding(f"disk of {name}", level, f"{free / _GIB:.1f} GiB free for {folder}", advice))
+    return findings
+
+
+def check_versions(
+    records: Sequence[VersionRecord], active: int | None, *, has_manifest: Callable[[int], bool] | None
+) -> list[Finding]:
+    """What the registry knows is in the version store; ``has_manifest`` is None if the store is not a folder."""
+    if active is None:
+        return [
+            Finding("versions", Level.FAIL, "no version is active", "the train worker writes version 0 when it starts")
+        ]
+    if has_manifest is None:
+        return [Finding("versions", Level.OK, f"{len(records)} registered; the store is remote and not looked at")]
+    usable = [record.version for record in records if record.state is not VersionState.REJECTED]
+    missing = [number for number in usable if not has_manifest(number)]
+    if not missing:
+        return [Finding("versions", Level.OK, f"{len(usable)} registered and in the store, {active} is active")]
+    findings = []
+    if active in missing:
+        findings.append(
+            Finding(
+                "versions",
+                Level.FAIL,
+                f"version {active}, the active one, is not in the store; a node that restarts cannot load it",
+                "restore the store's folder, or activate another version: errata versions, errata activate N",
+            )
+        )
+    if others := ", ".join(str(number) for number in missing if number != active):
+        findings.append(
+            Finding("versions", Level.FAIL, f"registered and not in the store: {others}", "restore the store's folder")
+        )
+    return findings

@@ -1,0 +1,167 @@
+"""Looks at a stack, beside its running processes, and asks the checks."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import httpx
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from service.client import ClientError, ErrataClient
+from service.doctor.checks import (
+    CONTROL_WAIT_S,
+    WORKER_SILENCE_S,
+    Finding,
+    Level,
+    NodeState,
+    check_api,
+    check_control_worker,
+    check_disk,
+    check_model,
+    check_node,
+    check_redis,
+    check_run,
+    check_train_worker,
+    check_versions,
+)
+from service.errors import ErrataError, NotFoundError
+from service.nodes import NodeClient
+from service.queue import CONTROL_QUEUE, RECONCILE, create_celery
+from service.schemas import Health, VersionRecord
+from service.settings import Settings
+from service.stores import Stores
+
+_READ_BACK_TIMEOUT_S = 60.0
+_REDIS_ADVICE = "is it running? see `errata ps` and `errata logs redis`, or ERRATA_REDIS_URL"
+
+
+def examine(settings: Settings, *, url: str | None) -> list[Finding]:
+    """Looks at everything; what cannot be looked at because something before it is broken is left out.
+
+    Args:
+        settings: what the processes run with.
+        url: the API of the running stack, or None if none runs.
+    """
+    findings = [
+        check_api(url, _health(url)),
+        check_model(settings.model),
+        *check_disk({"home": settings.home, "version store": store_folder(settings.store_url)}, _free_bytes),
+    ]
+    if not settings.redis_url:
+        return [*findings, Finding("redis", Level.FAIL, "no Redis is configured", "errata up starts one")]
+    stores = Stores.connect(settings)
+    try:
+        return [*findings, *_examine_redis(stores.redis), *_examine_parts(settings, stores)]
+    except RedisError as error:
+        return [*findings, Finding("redis", Level.FAIL, f"does not answer: {error}", _REDIS_ADVICE)]
+    finally:
+        stores.redis.close()
+
+
+def store_folder(url: str) -> Path | None:
+    """The folder of a version store, or None for one that is elsewhere."""
+    if "://" in url:
+        return Path(url.removeprefix("file://")) if url.startswith("file://") else None
+    return Path(url)
+
+
+def _health(url: str | None) -> Health | str:
+    if url is None:
+        return ""
+    try:
+        with ErrataClient(url, timeout_s=10) as client:
+            return client.health()
+    except ClientError as error:
+        return error.message
+
+
+def _free_bytes(folder: Path) -> int:
+    folder = folder.absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _examine_redis(redis: Redis) -> list[Finding]:
+    redis.ping()
+    try:
+        config = cast(dict[str, str], redis.config_get("appendonly", "appendfsync", "maxmemory-policy"))
+    except ResponseError:
+        # Hosted Redis often forbids CONFIG.
+        config = {}
+    return check_redis(config)
+
+
+def _examine_parts(settings: Settings, stores: Stores) -> list[Finding]:
+    run = stores.runs.current()
+    active = _active(stores)
+    records = _all_records(stores)
+    folder = store_folder(settings.store_url)
+    return [
+        check_train_worker(stores.runs.workers(within_s=WORKER_SILENCE_S)),
+        check_control_worker(_taken_up_after_s(settings, stores.redis), run),
+        check_run(run, leased=stores.runs.leased(), now=time.time(), longest_s=settings.run_max_s),
+        *(check_node(_node_state(node, settings, active), active) for node in NodeClient.all(settings)),
+        *check_versions(
+            records, active.version if active else None, has_manifest=None if folder is None else _manifests(folder)
+        ),
+    ]
+
+
+def _active(stores: Stores) -> VersionRecord | None:
+    activation = stores.registry.active()
+    try:
+        return stores.registry.get(activation.active) if activation else None
+    except NotFoundError:
+        return None
+
+
+def _all_records(stores: Stores) -> list[VersionRecord]:
+    records: list[VersionRecord] = []
+    more = True
+    while more:
+        page, more = stores.registry.page(after=records[-1].version if records else None, limit=1000)
+        records.extend(page)
+    return records
+
+
+def _manifests(folder: Path) -> Callable[[int], bool]:
+    return lambda number: (folder / "versions" / f"{number:06d}" / "manifest.json").is_file()
+
+
+def _taken_up_after_s(settings: Settings, redis: Redis) -> float | None:
+    """Sends a reconcile, which is harmless, and watches whether the queue is emptied."""
+    with create_celery(settings) as celery:
+        celery.send_task(RECONCILE, queue=CONTROL_QUEUE, expires=CONTROL_WAIT_S)
+    began = time.monotonic()
+    while (took_s := time.monotonic() - began) < CONTROL_WAIT_S:
+        if redis.llen(CONTROL_QUEUE) == 0:
+            return took_s
+        time.sleep(0.1)
+    return None
+
+
+def _node_state(node: NodeClient, settings: Settings, active: VersionRecord | None) -> NodeState:
+    if not node.ready() or active is None:
+        return NodeState(node.address, ready=node.ready())
+    try:
+        resident = node.resident()
+        held = active.version in resident
+        tensors = _read_back(node.address, settings, active.version) if held else None
+    except ErrataError as error:
+        return NodeState(node.address, ready=True, trouble=error.message)
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        return NodeState(node.address, ready=True, trouble=f"the read-back failed: {error}")
+    return NodeState(node.address, ready=True, resident=resident, tensors=tensors)
+
+
+def _read_back(address: str, settings: Settings, version: int) -> dict[str, str]:
+    response = httpx.get(
+        f"{address}/errata/versions/{version}/checksum",
+        headers={"Authorization": f"Bearer {settings.node_token.get_secret_value()}"},
+        timeout=_READ_BACK_TIMEOUT_S,
+    )
+    tensors: dict[str, str] = response.raise_for_status().json()["tensors"]
+    return tensors
