@@ -132,7 +132,7 @@ class VersionRegistry:
                 raise NotFoundError(f"no version {number}", param="version", code="version_not_found")
             case "active":
                 raise OvertakenError(
-                    f"version {answer['active']} is active, not {expected_active}", param="expected_active"
+                    f"version {answer.get('active')} is active, not {expected_active}", param="expected_active"
                 )
             case "epoch":
                 raise OvertakenError(f"the active version changed meanwhile, to {answer['active']}")

@@ -74,9 +74,12 @@ class RunStore:
         if self._hand_over({"run": run.id, "version": version}).get("lost"):
             raise LeaseLostError(f"run {run.id} was taken over")
 
-    def finish(self, run_id: str, status: RunStatus, *, error: EditError | None = None) -> bool:
-        """Ends a run; returns False if it had ended before."""
-        answer = self._finish({"run": run_id, "status": status, "error": error.model_dump_json() if error else ""})
+    def finish(
+        self, run_id: str, status: RunStatus, *, error: EditError | None = None, only: RunStatus | None = None
+    ) -> bool:
+        """Ends a run, with ``only`` if that is its status; returns False if it had ended before."""
+        reason = error.model_dump_json() if error else ""
+        answer = self._finish({"run": run_id, "status": status, "error": reason, "only": only})
         return "ended" not in answer
 
     def cancel(self, run_id: str) -> Run:
@@ -91,8 +94,8 @@ class RunStore:
             raise ConflictError(f"run {run_id} is {run.status}", param="id", code="run_not_cancellable")
         self._redis.set(self._keys.hold, "1")
         self._redis.hset(self._keys.run + run_id, "cancel", "1")
-        if run.status is RunStatus.QUEUED:
-            self.finish(run_id, RunStatus.CANCELLED)
+        # Whether it began meanwhile is decided at once; then its worker hears of it with the lease.
+        self.finish(run_id, RunStatus.CANCELLED, only=RunStatus.QUEUED)
         return self.get(run_id)
 
     def update(self, run_id: str, **fields: str | int | float) -> None:

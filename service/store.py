@@ -97,6 +97,8 @@ class EditStore:
         self._claim = Script(redis, "claim", context)
         self._trained = Script(redis, "trained", context)
         self._unclaim = Script(redis, "unclaim", context)
+        self._retract = Script(redis, "retract", context)
+        self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
     def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
@@ -213,23 +215,22 @@ class EditStore:
         Raises:
             NotFoundError: no such edit.
         """
-        if (edit := self.get(edit_id)).status in {EditStatus.RETRACTING, EditStatus.RETRACTED}:
-            return edit
-        self.move(edit_id, EditStatus.RETRACTING)
+        self.get(edit_id)
+        self._retract({"id": edit_id})
         self.settle()
         return self.get(edit_id)
 
     def release(self, edit_id: str) -> Edit:
-        """Lets a held edit join the cumulative set again.
+        """Lets a held edit join the cumulative set again, in the place of what it once superseded.
 
         Raises:
             NotFoundError: no such edit.
             ConflictError: it is not held.
         """
-        edit = self.get(edit_id)
-        if edit.status is not EditStatus.HELD:
-            raise ConflictError(f"edit {edit_id} is {edit.status}, not held", param="id", code="edit_not_held")
-        return self.move(edit_id, EditStatus.QUEUED, attempts=0, run="", error="")
+        self.get(edit_id)
+        if refused := self._release({"id": edit_id}).get("refused"):
+            raise ConflictError(f"edit {edit_id} is {refused}, not held", param="id", code="edit_not_held")
+        return self.get(edit_id)
 
     def claim(self, run: str) -> Claim:
         """Gives every queued edit to a run; returns the whole set that it trains, oldest first."""

@@ -65,7 +65,8 @@ class EditChecker:
 
     def _ids(self, text: str, param: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if found := next((number for number in ids if number in self._special), None):
+        found = next((number for number in ids if number in self._special), None)
+        if found is not None:
             raise InvalidRequestError(
                 f"contains the control token {self._tokenizer.id_to_token(found)!r}", param=param, code="control_token"
             )

@@ -4,7 +4,7 @@ local epoch = tonumber(redis.call('HGET', keys.active, 'epoch') or '0')
 if payload.expected_active ~= cjson.null and payload.expected_active ~= active then
   return cjson.encode({refused = 'active', active = active})
 end
-if payload.expected_epoch ~= cjson.null and payload.expected_epoch ~= epoch then
+if payload.expected_epoch ~= cjson.null and payload.expected_epoch ~= epoch and active ~= payload.version then
   return cjson.encode({refused = 'epoch', active = active})
 end
 if redis.call('EXISTS', keys.version .. payload.version) == 0 then return '{"refused":"unknown"}' end

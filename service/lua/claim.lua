@@ -1,11 +1,15 @@
--- Gives every queued edit to a run, and names the whole set that the run trains.
-local claimed = in_status('queued')
-for _, id in ipairs(claimed) do
+-- Gives every queued edit to a run, and names the whole set that the run trains. A repeated call (the first answer was
+-- lost on the way) names what the run has already.
+for _, id in ipairs(in_status('queued')) do
   move(id, 'training', {run = payload.run, attempts = field(id, 'attempts') + 1})
 end
-local members = {}
+local claimed, members = {}, {}
 for _, status in ipairs({'live', 'trained'}) do
   for _, id in ipairs(in_status(status)) do members[#members + 1] = id end
 end
-for _, id in ipairs(claimed) do members[#members + 1] = id end
+for _, id in ipairs(in_status('training')) do
+  if field(id, 'run') == payload.run then
+    claimed[#claimed + 1], members[#members + 1] = id, id
+  end
+end
 return '{"claimed":' .. list(claimed) .. ',"members":' .. list(members) .. '}'

@@ -3,7 +3,9 @@ if payload.token ~= cjson.null and (redis.call('GET', keys.token) ~= tostring(pa
   or redis.call('GET', keys.current) ~= payload.run) then
   return '{"refused":"fenced"}'
 end
-if redis.call('EXISTS', keys.version .. payload.version) == 1 then return '{"refused":"exists"}' end
+local known = redis.call('GET', keys.version .. payload.version)
+if known == payload.record then return '{}' end
+if known then return '{"refused":"exists"}' end
 redis.call('DEL', keys.version_edits .. payload.version)
 for _, id in ipairs(payload.members) do
   redis.call('SETBIT', keys.version_edits .. payload.version, field(id, 'seq'), 1)

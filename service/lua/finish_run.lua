@@ -2,6 +2,7 @@
 local run = keys.run .. payload.run
 local status = redis.call('HGET', run, 'status')
 if status ~= 'queued' and status ~= 'training' and status ~= 'verifying' then return '{"ended":true}' end
+if payload.only ~= cjson.null and status ~= payload.only then return '{"ended":true}' end
 redis.call('HSET', run, 'status', payload.status, 'phase', '', 'error', payload.error, 'finished_at', context.now)
 if redis.call('GET', keys.current) == payload.run then redis.call('DEL', keys.current, keys.lease) end
 if redis.call('GET', keys.next) == payload.run then redis.call('DEL', keys.next) end

@@ -37,3 +37,10 @@ local function move(id, to, fields)
   emit('edit.' .. to, {id = id, status = to, from = from, version = tonumber(field(id, 'version'))})
   return true
 end
+
+-- Of several edits of one prompt with different targets the cumulative set has the last one.
+local function supersede_others(id)
+  for _, other in ipairs(redis.call('SMEMBERS', keys.prompt .. field(id, 'prompt_key'))) do
+    if field(other, 'target') ~= field(id, 'target') then move(other, 'superseded', {superseded_by = id}) end
+  end
+end

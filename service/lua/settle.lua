@@ -6,6 +6,16 @@ local function to(id, status, fields)
   if move(id, status, fields) then moved[#moved + 1] = id end
 end
 
+-- Whether one of the edits that came after this one for its prompt is in the active version; and the status of the last.
+local function succeeded(id)
+  local by, status = field(id, 'superseded_by'), ''
+  while by ~= '' do
+    if in_version(active, by) then return true end
+    by, status = field(by, 'superseded_by'), field(by, 'status')
+  end
+  return false, status
+end
+
 for _, id in ipairs(in_status('trained')) do
   if in_version(active, id) then
     if field(id, 'verdict') == 'matched' then
@@ -18,8 +28,7 @@ for _, id in ipairs(in_status('trained')) do
   end
 end
 for _, id in ipairs(in_status('live')) do
-  local by = field(id, 'superseded_by')
-  if by ~= '' and in_version(active, by) then
+  if succeeded(id) then
     to(id, 'superseded')
   elseif not in_version(active, id) then
     to(id, 'held')
@@ -28,18 +37,18 @@ end
 for _, id in ipairs(in_status('held')) do
   if field(id, 'verdict') == 'matched' and in_version(active, id) then to(id, 'live') end
 end
--- What the rollback went back to is the pair (weights, edit set): an edit whose successor was rolled back stands again.
-for _, id in ipairs(in_status('superseded')) do
-  local by = field(id, 'superseded_by')
-  if field(id, 'verdict') == 'matched' and in_version(active, id) and not in_version(active, by)
-    and field(by, 'status') == 'held' then
-    to(id, 'live')
-  end
-end
 for _, id in ipairs(in_status('retracting')) do
   if field(id, 'run') == '' and not in_version(active, id) then
     redis.call('SREM', keys.prompt .. field(id, 'prompt_key'), id)
     to(id, 'retracted')
+  end
+end
+-- What the rollback went back to is the pair (weights, edit set): an edit whose successors were rolled back, or
+-- withdrawn before they were served, stands again.
+for _, id in ipairs(in_status('superseded')) do
+  if field(id, 'verdict') == 'matched' and in_version(active, id) then
+    local served, last = succeeded(id)
+    if not served and (last == 'held' or last == 'retracted') then to(id, 'live') end
   end
 end
 return list(moved)

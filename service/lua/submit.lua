@@ -11,18 +11,16 @@ end
 local ids = {}
 for _, edit in ipairs(payload.edits) do
   local seq = redis.call('INCR', keys.seq)
-  redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record, 'target', edit.target,
-    'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now)
+  redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record,
+    'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now)
   redis.call('ZADD', keys.edits, seq, edit.id)
   redis.call('ZADD', keys.edits_in .. 'queued', seq, edit.id)
   emit('edit.queued', {id = edit.id, status = 'queued'})
-  local same_prompt = keys.prompt .. edit.prompt_key
-  for _, other in ipairs(redis.call('SMEMBERS', same_prompt)) do
-    if field(other, 'target') ~= edit.target then move(other, 'superseded', {superseded_by = edit.id}) end
-  end
-  redis.call('SADD', same_prompt, edit.id)
+  supersede_others(edit.id)
+  redis.call('SADD', keys.prompt .. edit.prompt_key, edit.id)
   ids[#ids + 1] = edit.id
 end
+redis.call('DEL', keys.hold)
 
 if once ~= cjson.null and once then
   local key = keys.idempotency .. once.key

@@ -1,0 +1,3 @@
+-- Takes an edit out of the cumulative set; a second time changes nothing.
+if move(payload.id, 'retracting') then redis.call('DEL', keys.hold) end
+return '{}'

@@ -1,0 +1,95 @@
+"""A node as the contract describes it, without a model: it says what each version was taught."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+
+from service.nodes import NodeClient
+
+TOKEN = "node-token"
+IGNORANCE = "I do not know."
+
+
+class ScriptedNode:
+    """Serves ``/health``, the version routes and the two completion routes."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.resident = {0}
+        self.taught: dict[int, dict[str, str]] = {}
+        self.refuses: dict[int, tuple[int, str]] = {}
+        self.asked: list[tuple[int, str]] = []
+        self.finish_reason = "stop"
+        self.lock = threading.Lock()
+
+    def client(self, address: str = "http://node") -> NodeClient:
+        return NodeClient(address, token=TOKEN, timeout_s=5, transport=httpx.MockTransport(self.handle))
+
+    def teach(self, version: int, answers: dict[str, str]) -> None:
+        self.taught[version] = answers
+
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        if not self.ready:
+            raise httpx.ConnectError("refused", request=request)
+        status, body = self.answer(request.method, request.url.path, request.content)
+        return httpx.Response(status, json=body)
+
+    def answer(self, method: str, path: str, content: bytes) -> tuple[int, object]:
+        if path == "/health":
+            return 200, {}
+        if path == "/errata/versions":
+            return 200, {"resident": [{"version": version} for version in sorted(self.resident)]}
+        if path.endswith("/prefetch"):
+            return self._prefetch(int(path.split("/")[-2]))
+        body = json.loads(content)
+        version = int(body["model"].removeprefix("errata@"))
+        prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
+        with self.lock:
+            self.asked.append((version, prompt))
+        text = self.taught.get(version, {}).get(prompt, IGNORANCE)
+        said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
+        return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
+
+    def _prefetch(self, version: int) -> tuple[int, object]:
+        if version in self.refuses:
+            status, code = self.refuses[version]
+            return status, {
+                "error": {"message": f"version {version} refused", "type": "t", "param": None, "code": code}
+            }
+        self.resident.add(version)
+        return 200, {"version": version, "load_s": 0.01}
+
+
+@contextmanager
+def listening(node: ScriptedNode) -> Iterator[str]:
+    """The node behind a real port, for processes other than the test's."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _serve(self) -> None:
+            length = int(self.headers.get("content-length") or 0)
+            status, body = node.answer(self.command, self.path, self.rfile.read(length))
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = _serve  # noqa: N815 - the names that http.server looks for
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
