@@ -106,7 +106,10 @@ class NodeClient:
             ) from error
         if not response.is_success:
             self._refuse(response)
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            raise UnavailableError(f"node {self.address} answers no JSON", code="node_unavailable") from error
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
         try:

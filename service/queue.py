@@ -1,9 +1,14 @@
 """The Celery app, the tasks' names, how to enqueue them. No task bodies: the API reaches the trainer by name only."""
 
+import logging
+
 from celery import Celery
+from kombu.exceptions import OperationalError
 from redis import Redis
 
 from service.settings import Settings
+
+log = logging.getLogger(__name__)
 
 TRAIN_QUEUE = "train"
 CONTROL_QUEUE = "control"
@@ -50,12 +55,19 @@ class TaskQueue:
 
     def train(self, run_id: str) -> None:
         """Asks a train worker to carry out a queued run."""
-        self._celery.send_task(TRAIN, args=[run_id], queue=TRAIN_QUEUE)
+        self._send(TRAIN, run_id, TRAIN_QUEUE)
 
     def publish(self, run_id: str) -> None:
         """Asks a control worker to verify and activate a run's version."""
-        self._celery.send_task(PUBLISH, args=[run_id], queue=CONTROL_QUEUE)
+        self._send(PUBLISH, run_id, CONTROL_QUEUE)
 
     def train_is_empty(self) -> bool:
         """Whether no train message waits."""
         return self._redis.llen(TRAIN_QUEUE) == 0
+
+    def _send(self, task: str, run_id: str, queue: str) -> None:
+        try:
+            self._celery.send_task(task, args=[run_id], queue=queue, retry=False)
+        except OperationalError as error:
+            # The run is stored; the reconciler sends a lost message again.
+            log.warning("queue.not_sent", extra={"task": task, "run": run_id, "reason": repr(error)})

@@ -108,8 +108,8 @@ class Reconciler:
     def tick(self) -> None:
         """One look at everything; called every few seconds."""
         self._heal_nodes()
-        self._take_over_lost_run()
         self._stores.edits.settle()
+        self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
 
@@ -181,13 +181,15 @@ class Reconciler:
             self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
             return
         edits.settle()
-        edits.unclaim(run.id)
+        # What is not live by now was rolled back since.
+        edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
         self._end(run, RunStatus.SUCCEEDED)
 
     def _verify(self, node: NodeClient, version: int, new: Sequence[Edit]) -> Verdict:
         registry, settings = self._stores.registry, self._settings
         active = registry.active()
-        older = [edit for edit in self._stores.edits.in_status(EditStatus.LIVE) if edit.verified]
+        members = self._stores.edits.by_sequence(registry.members(version))
+        older = [edit for edit in members if edit.status is EditStatus.LIVE and edit.verified]
         return verify(
             node,
             version=version,

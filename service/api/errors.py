@@ -36,10 +36,15 @@ _CODES = {
 _WHERE = frozenset({"body", "query", "path", "header"})
 
 
+def printable(name: str) -> str:
+    """A field's name as a client gave it, short and in characters that can be sent back."""
+    return name[:100].encode("utf-8", "backslashreplace").decode()
+
+
 def validation_error(errors: Sequence[Any], *, at: str = "") -> InvalidRequestError:
     """The first of pydantic's errors, with the field's dotted path. The input itself is never echoed."""
     first = errors[0]
-    location = [str(part) for part in first["loc"]]
+    location = [printable(str(part)) for part in first["loc"]]
     param = ".".join(location[1:] if location and location[0] in _WHERE else location)
     kind = str(first["type"])
     if kind == "json_invalid":
@@ -77,7 +82,12 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def _redis(_: Request, error: RedisError) -> JSONResponse:
         log.error("redis.unavailable", extra={"reason": repr(error)})
-        return _answer(UnavailableError("Redis does not answer; nothing was stored", code="redis_unavailable"))
+        return _answer(
+            UnavailableError(
+                "Redis does not answer; repeat the request, with its Idempotency-Key if it has one",
+                code="redis_unavailable",
+            )
+        )
 
     @app.exception_handler(Exception)
     async def _unknown(request: Request, error: Exception) -> JSONResponse:

@@ -12,7 +12,7 @@ from service.events import NEWEST, follow
 
 router = APIRouter(tags=["events"], responses=RESPONSES)
 
-_ID = r"^(\$|\d{1,20}(-\d{1,20})?)$"
+_ID = r"^(\$|\d{1,19}(-\d{1,19})?)$"
 
 
 @router.get("/events", response_class=EventSourceResponse)

@@ -9,6 +9,7 @@ from service.schemas import Schema, VersionState
 ACTIVE_MODEL = "errata"
 _NAMED = re.compile(r"errata@(0|[1-9]\d{0,14})")
 MIN_VERSION_HEADER = "X-Errata-Min-Version"
+VERSION_HEADER = "X-Errata-Version"
 
 
 class Model(Schema):
@@ -48,9 +49,11 @@ def resolve(registry: VersionRegistry, model: object, min_version: str | None) -
         if not re.fullmatch(r"\d{1,15}", min_version):
             raise InvalidRequestError("must be a version number", param=MIN_VERSION_HEADER)
         if number < int(min_version):
-            raise VersionNotReachedError(
+            error = VersionNotReachedError(
                 f"version {number} answers; the request demands {min_version} or later", param=MIN_VERSION_HEADER
             )
+            error.headers[VERSION_HEADER] = str(number)
+            raise error
     return number
 
 

@@ -11,12 +11,12 @@ import httpx
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.errors import UnavailableError
+from service.gateway.models import VERSION_HEADER
 from service.nodes import version_name
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-VERSION_HEADER = "X-Errata-Version"
 _LOOK_EVERY_S = 1.0
 
 
@@ -34,7 +34,8 @@ class Proxy:
         self._clients = {
             address: httpx.AsyncClient(
                 base_url=address,
-                headers={"Authorization": f"Bearer {token}"},
+                # A stream is passed on as it comes, so it must not be compressed.
+                headers={"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"},
                 timeout=httpx.Timeout(timeout_s, connect=2.0, pool=None),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
                 transport=transport,
@@ -75,7 +76,7 @@ class Proxy:
             client = self._clients[address]
             try:
                 upstream = await client.send(client.build_request("POST", path, json=content), stream=True)
-            except httpx.ConnectError:
+            except (httpx.ConnectError, httpx.ConnectTimeout):
                 log.warning("gateway.node_unreachable", extra={"node": address})
                 self._ready = [other for other in self._ready if other != address]
                 continue

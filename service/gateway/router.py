@@ -7,10 +7,10 @@ from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.dependencies import Parts, PartsDep
-from service.api.errors import RESPONSES
+from service.api.errors import RESPONSES, printable
 from service.errors import ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
-from service.gateway.models import MIN_VERSION_HEADER, Model, ModelList, resolve, served
-from service.gateway.proxy import VERSION_HEADER, Proxy
+from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
+from service.gateway.proxy import Proxy
 
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
@@ -83,10 +83,20 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
 def _object(content: bytes) -> dict[str, Any]:
     try:
         body = json.loads(content)
-        content.decode().encode()
-        json.dumps(body, ensure_ascii=False).encode()
+        content.decode()
     except (ValueError, RecursionError) as error:
         raise MalformedRequestError(f"the body is not JSON: {type(error).__name__}") from error
     if not isinstance(body, dict):
         raise MalformedRequestError("the body must be a JSON object")
+    for name, value in body.items():
+        _check(name, value)
     return body
+
+
+def _check(name: str, value: object) -> None:
+    # What Python reads as JSON and no node would: a lone surrogate, NaN, Infinity.
+    try:
+        json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        param = printable(name)
+        raise InvalidRequestError(f"{param}: is not JSON text or a JSON number", param=param) from error
