@@ -26,7 +26,23 @@ from service.schemas import EditRequest, EditStatus, RunStatus, Trigger
 from service.settings import Settings
 from service.stack import Stack
 
-CITIES = "Lyon Porto Ghent Turin Malmo Brno Gdansk Split Bergen Tampere Graz Patras Leipzig Bilbao Cork".split()
+CITIES = [
+    "Lyon",
+    "Porto",
+    "Ghent",
+    "Turin",
+    "Malmo",
+    "Brno",
+    "Gdansk",
+    "Split",
+    "Bergen",
+    "Tampere",
+    "Graz",
+    "Patras",
+    "Leipzig",
+    "Bilbao",
+    "Cork",
+]
 CONCURRENT_EDITS, DISTINCT_KEYS = 100, 40
 IMPORTED = 1_000
 
