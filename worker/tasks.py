@@ -11,6 +11,7 @@ from service.logs import configure_logging
 from service.queue import TRAIN, TaskQueue, create_celery
 from service.settings import Settings
 from service.stores import Stores
+from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError, VersionStore
 from worker.evaluation.metrics import Evaluator
 from worker.model import load_base
@@ -35,7 +36,7 @@ def load(**_: Any) -> None:
     try:
         trainer = _trainer(stores)
         trainer.register_base()
-    except (ValueError, OSError, DeltaError) as error:
+    except (CheckpointError, ValueError, OSError, DeltaError) as error:
         # Celery logs what a signal's receiver raises and goes on; a worker without a model must not.
         log.error("worker.not_started", extra={"reason": str(error)})
         raise SystemExit(1) from error
