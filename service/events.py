@@ -37,7 +37,7 @@ async def follow(redis: AsyncRedis, after: str) -> AsyncIterator[Event | None]:
     key = EventKeys().events
     if after == NEWEST:
         # Resolved once: between two reads from NEWEST an event would be lost.
-        newest = await redis.xrevrange(key, count=1)
+        newest = cast(list[tuple[str, dict[str, str]]], await redis.xrevrange(key, count=1))
         after = newest[0][0] if newest else "0-0"
     while True:
         answer = await redis.xread({key: after}, count=100, block=BLOCK_S * 1000)
