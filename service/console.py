@@ -28,11 +28,13 @@ def make_console(*, stderr: bool = False) -> Console:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, fixed: int = 1) -> Table:
     """A table without lines; the first ``fixed`` columns are never shortened, the others to fit."""
+    lines = [["" if cell is None else one_line(str(cell)) for cell in row] for row in rows]
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        made.add_column(column, no_wrap=True, overflow="fold" if index < fixed else "ellipsis")
-    for row in rows:
-        made.add_row(*(Text(one_line("" if cell is None else str(cell))) for cell in row))
+        widest = max((len(line[index]) for line in lines), default=0)
+        made.add_column(column, no_wrap=True, min_width=widest if index < fixed else None)
+    for line in lines:
+        made.add_row(*(Text(cell) for cell in line))
     return made
 
 

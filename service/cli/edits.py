@@ -52,24 +52,16 @@ def submit(
 
 def import_(
     file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            allow_dash=True,
-            help="One JSON object a line; - is standard input",
-            show_default=False,
-        ),
+        Path, typer.Argument(metavar="FILE", help="One JSON object a line; - is standard input", show_default=False)
     ],
     home: Home = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Store corrections from a file of JSON lines; valid lines are kept. Exit 1 if a line was refused."""
+    source = _source(file)
     with connect(home, url) as client:
-        report = client.import_edits(cast(BufferedIOBase, sys.stdin.buffer) if str(file) == "-" else file)
+        report = client.import_edits(source)
     if as_json:
         print_json(report)
     else:
@@ -126,6 +118,14 @@ def release(edit_id: EditId, home: Home = None, url: Url = None, as_json: Json =
     """Let an edit that a rollback held be trained again."""
     with connect(home, url) as client:
         _show(client.release(edit_id), as_json=as_json)
+
+
+def _source(file: Path) -> BufferedIOBase | Path:
+    if str(file) == "-":
+        return cast(BufferedIOBase, sys.stdin.buffer)
+    if not file.is_file():
+        raise typer.BadParameter(f"there is no file {file}", param_hint="FILE")
+    return file
 
 
 def _wait(client: ErrataClient, edit_id: str, timeout_s: float, *, as_json: bool) -> None:

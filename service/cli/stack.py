@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -105,4 +106,6 @@ def doctor(home: Home = None, as_json: Json = False) -> None:
 
 def demo(home: Home = None) -> None:
     """Show it all on 20 real corrections: before, after, rolled back, again. Exit 0 only if every claim held."""
+    # SIGTERM too must leave nothing running behind it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise typer.Exit(run_demo(read_settings(home), make_console()))

@@ -1,0 +1,173 @@
+"""Each check of the doctor: when all is well, and each way in which it is not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_service import RUN, VERSION
+
+from service.doctor import Level, examine
+from service.doctor.checks import (
+    NodeState,
+    check_api,
+    check_control_worker,
+    check_disk,
+    check_model,
+    check_node,
+    check_redis,
+    check_run,
+    check_train_worker,
+    check_versions,
+)
+from service.doctor.examination import store_folder
+from service.schemas import Health, Run, VersionRecord
+from service.settings import Settings
+
+SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+GIB = 1024**3
+
+
+def record(number: int, state: str = "verified") -> VersionRecord:
+    fields = {name: value for name, value in VERSION.items() if name in VersionRecord.model_fields}
+    return VersionRecord.model_validate({**fields, "version": number, "state": state})
+
+
+def run(**changes: Any) -> Run:
+    return Run.model_validate({**RUN, "finished_at": None, "started_at": 100, **changes})
+
+
+def health(*, node: bool) -> Health:
+    checks = {"node": {"ok": node, "detail": "no node is ready"}}
+    return Health.model_validate({"ready": node, "active": 1, "checks": checks})
+
+
+def test_redis_that_keeps_every_edit() -> None:
+    assert [finding.level for finding in check_redis(SAFE)] == [Level.OK]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("appendonly", "no"), ("appendfsync", "everysec"), ("maxmemory-policy", "allkeys-lru")]
+)
+def test_redis_that_can_lose_an_edit(name: str, value: str) -> None:
+    [finding] = check_redis({**SAFE, name: value})
+
+    assert finding.level is Level.FAIL
+    assert f"{name} is {value}" in finding.found
+    assert finding.advice.startswith(f"redis-cli config set {name} {SAFE[name]}")
+
+
+def test_redis_that_does_not_tell() -> None:
+    assert [finding.level for finding in check_redis({})] == [Level.WARN]
+
+
+def test_api() -> None:
+    assert check_api(None, "").level is Level.FAIL
+    assert check_api("http://x", "nothing answers").found == "nothing answers"
+    assert check_api("http://x", health(node=True)).level is Level.OK
+    assert check_api("http://x", health(node=False)).found == "not ready: node: no node is ready"
+
+
+def test_train_worker() -> None:
+    assert check_train_worker(["train@host"]).level is Level.OK
+    assert check_train_worker([]).level is Level.FAIL
+
+
+def test_control_worker() -> None:
+    assert check_control_worker(0.1, None).level is Level.OK
+    assert check_control_worker(None, None).level is Level.FAIL
+    assert check_control_worker(None, run(status="verifying")).level is Level.WARN
+    assert check_control_worker(None, run(status="training")).level is Level.FAIL
+
+
+@pytest.mark.parametrize(
+    ("found", "leased", "now", "level"),
+    [
+        (None, False, 0, Level.OK),
+        (run(status="training"), True, 200, Level.OK),
+        (run(status="training"), False, 200, Level.WARN),
+        (run(status="verifying"), False, 200, Level.OK),
+        (run(status="verifying"), False, 2000, Level.FAIL),
+    ],
+)
+def test_run(found: Run | None, leased: bool, now: float, level: Level) -> None:
+    assert check_run(found, leased=leased, now=now, longest_s=1000).level is level
+
+
+def test_node_with_the_right_weights() -> None:
+    node = NodeState("http://n", ready=True, resident=[0, 1], tensors=dict(record(1).tensors))
+
+    assert check_node(node, record(1)).level is Level.OK
+    assert check_node(NodeState("http://n", ready=True), None).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("node", "level", "found"),
+    [
+        (NodeState("http://n", ready=False), Level.FAIL, "is not ready"),
+        (NodeState("http://n", ready=True, trouble="401"), Level.FAIL, "401"),
+        (NodeState("http://n", ready=True, resident=[0]), Level.WARN, "does not hold version 1"),
+        (NodeState("http://n", ready=True, resident=[1], tensors={"w": "b"}), Level.FAIL, "checksums differ"),
+        (NodeState("http://n", ready=True, resident=[1], tensors={}), Level.FAIL, "checksums differ"),
+    ],
+)
+def test_node_that_is_not_well(node: NodeState, level: Level, found: str) -> None:
+    finding = check_node(node, record(1))
+
+    assert finding.level is level
+    assert found in finding.found
+    assert finding.advice
+
+
+def test_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert check_model(str(tmp_path)).found.endswith("lacks tokenizer.json, *.safetensors")
+
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert check_model(str(tmp_path)).level is Level.OK
+    assert check_model("org/name").level is Level.WARN
+    assert check_model("").level is Level.OK
+
+
+@pytest.mark.parametrize(("free", "level"), [(100, Level.OK), (3, Level.WARN), (0, Level.FAIL)])
+def test_disk(free: int, level: Level) -> None:
+    [finding] = check_disk({"home": Path("/x"), "version store": None}, lambda _: free * GIB)
+
+    assert finding.level is level
+
+
+def test_versions_that_are_all_there() -> None:
+    [finding] = check_versions([record(1), record(0)], 1, has_manifest=lambda _: True)
+
+    assert finding.level is Level.OK
+
+
+def test_versions_that_are_missing() -> None:
+    records = [record(4), record(3, "rejected"), record(2), record(1), record(0)]
+
+    active, others = check_versions(records, 4, has_manifest=lambda number: number == 0)
+
+    assert "version 4, the active one, is not in the store" in active.found
+    assert others.found == "registered and not in the store: 2, 1"
+    assert {active.level, others.level} == {Level.FAIL}
+
+
+def test_versions_before_the_first_and_in_a_remote_store() -> None:
+    assert check_versions([], None, has_manifest=None)[0].level is Level.FAIL
+    assert check_versions([record(0)], 0, has_manifest=None)[0].level is Level.OK
+
+
+def test_store_folder() -> None:
+    assert store_folder("/a/b") == store_folder("file:///a/b") == Path("/a/b")
+    assert store_folder("s3://bucket/versions") is None
+
+
+def test_a_redis_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, redis_url="redis://127.0.0.1:1/0", model=str(tmp_path))
+
+    findings = examine(settings, url="http://127.0.0.1:1")
+
+    by_part = {finding.part: finding for finding in findings}
+    assert by_part["redis"].level is by_part["service"].level is by_part["model"].level is Level.FAIL
+    assert "does not answer" in by_part["redis"].found
+    assert "nothing answers" in by_part["service"].found
