@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -311,6 +312,13 @@ def test_an_evicted_version_is_gone_and_comes_back(node: Node) -> None:
     for response in (node.client.delete("/errata/versions/1"), node.client.get("/errata/versions/1/checksum")):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_resident")
     assert node.score("errata@1") == score
+
+
+def test_a_node_outlives_its_cache_folder(node: Node) -> None:
+    scores = {version: node.score(f"errata@{version}") for version in WHOLE}
+    shutil.rmtree(node.folder / "cache")
+    for version in (*WHOLE, *WHOLE):
+        assert node.score(f"errata@{version}") == scores[version]
 
 
 def test_the_node_says_what_it_is(node: Node) -> None:

@@ -105,6 +105,9 @@ def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, st
         "DO_NOT_TRACK": "1",
     }
     if on_cpu:
+        # Some samplers are compiled at their first use even with --enforce-eager: seconds in the middle of somebody's
+        # request, and a C++ compiler in the image.
+        variables["TORCH_COMPILE_DISABLE"] = "1"
         variables["VLLM_CPU_KVCACHE_SPACE"] = environ.get("VLLM_CPU_KVCACHE_SPACE") or "1"
     return variables
 

@@ -40,7 +40,7 @@ class VersionedRowParallelLinear(RowParallelLinearWithLoRA):
         self.slots = torch.zeros(max_loras, self.output_size, self.input_size, dtype=dtype, device=self.device)
 
     @override
-    def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:  # type: ignore[override]  never a list here
+    def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:  # type: ignore[override]  # never a list here
         """Put the version's matrix `lora_a`, `[out, in]`, into slot `index`. Raises ValueError on another shape."""
         expected = (self.output_size, self.input_size * self.tp_size)
         # Slicing and copying would truncate and broadcast: a matrix would then be served that nobody trained.
@@ -54,7 +54,7 @@ class VersionedRowParallelLinear(RowParallelLinearWithLoRA):
         self.slots[index].zero_()
 
     @override
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]  as vLLM's own does
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]  # as vLLM does
         """Return `[…, tokens, out]` for `x`, `[…, tokens, in]`: each token by its version's matrix or by the base.
 
         Every slot is computed for every token, which keeps the graph static for compilation and CUDA graphs.

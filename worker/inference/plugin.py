@@ -8,8 +8,6 @@ import os
 
 from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
 
-_RESOLVER = "errata"
-
 
 def register() -> None:
     """Make this process part of a node, once; do nothing in a process that is none (no $ERRATA_LOCATION).
@@ -43,9 +41,9 @@ def _register_resolver(environment: NodeEnvironment) -> None:
     from worker.checkpoint import parameter_shape  # noqa: PLC0415
     from worker.delta import VersionStore  # noqa: PLC0415
     from worker.inference.adapter import AdapterCache  # noqa: PLC0415
-    from worker.inference.resolver import VersionResolver  # noqa: PLC0415
+    from worker.inference.resolver import RESOLVER, VersionResolver  # noqa: PLC0415
 
-    if _RESOLVER in LoRAResolverRegistry.get_supported_resolvers():
+    if RESOLVER in LoRAResolverRegistry.get_supported_resolvers():
         return
     adapters = AdapterCache(
         store=VersionStore(environment.store_url),
@@ -53,4 +51,4 @@ def _register_resolver(environment: NodeEnvironment) -> None:
         fingerprint=environment.fingerprint,
         shapes={environment.parameter: parameter_shape(environment.model_dir, environment.parameter)},
     )
-    LoRAResolverRegistry.register_resolver(_RESOLVER, VersionResolver(adapters))
+    LoRAResolverRegistry.register_resolver(RESOLVER, VersionResolver(adapters))

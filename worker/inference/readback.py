@@ -14,7 +14,7 @@ class SlotReader:
     """
 
     def errata_slots(self) -> dict[int, int | None]:
-        """Return the slot of every loaded version; None for one that is in host memory only.
+        """Return the slot of every loaded version, the least recently used first; None: in host memory only.
 
         Raises TypeError when the tuned location is not a layer that can hold versions.
         """

@@ -34,9 +34,10 @@ class Resident:
 class ResidentVersions:
     """What the server and its engine hold between them."""
 
-    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels) -> None:
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, host_slots: int) -> None:
         self._engine = engine
         self._models = models
+        self._host_slots = host_slots
 
     async def list(self, *, checksum: bool) -> list[Resident]:
         """Return the loaded versions, ascending. With `checksum`, read back those that are in a slot."""
@@ -62,7 +63,7 @@ class ResidentVersions:
             raise refusal.reason from refusal
         if not isinstance(request, LoRARequest):
             raise LoadFailed(request.error.message)
-        # A name that the server knows may have left the engine, or its slot; this brings it back or does nothing.
+        # A version that the server knew may have left its slot; this brings it back or does nothing.
         await self._engine.add_lora(request)
 
     async def checksums(self, version: int) -> dict[str, str]:
@@ -84,6 +85,22 @@ class ResidentVersions:
             raise NotResident(version)
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         await self._engine.remove_lora(request.lora_int_id)
+
+    async def make_room(self) -> None:
+        """Evict the least recently used version if host memory is full.
+
+        The engine would do so by itself, but the server would go on knowing the name, and the engine would read the
+        version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
+        engine down; a name that has gone is resolved and verified again.
+        """
+        slots = await self._slots()
+        if len(slots) < self._host_slots:
+            return
+        oldest = next(iter(slots))
+        for name, request in list(self._models.lora_requests.items()):
+            if request.lora_int_id == oldest:
+                await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        await self._engine.remove_lora(oldest)
 
     async def _slots(self) -> dict[int, int | None]:
         # Every rank holds the same versions in the same slots.

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+from collections.abc import Awaitable, Callable
 
 from typing_extensions import override
 from vllm.exceptions import VLLMClientError
@@ -14,6 +15,9 @@ from worker.inference.adapter import AdapterCache
 
 # Below "vllm", so that vLLM's own logging configuration applies.
 logger = logging.getLogger("vllm.errata.resolver")
+
+RESOLVER = "errata"
+"""The resolver's name in vLLM's registry."""
 
 _NAME = re.compile(r"errata@(0|[1-9]\d*)")
 
@@ -42,6 +46,11 @@ class VersionResolver(LoRAResolver):
 
     def __init__(self, adapters: AdapterCache) -> None:
         self._adapters = adapters
+        self._make_room: Callable[[], Awaitable[None]] | None = None
+
+    def before_each_load(self, make_room: Callable[[], Awaitable[None]]) -> None:
+        """Have `make_room` awaited before a version is handed to the engine."""
+        self._make_room = make_room
 
     @override
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
@@ -54,5 +63,7 @@ class VersionResolver(LoRAResolver):
         except DeltaError as reason:
             logger.warning("version_refused version=%d error=%s reason=%s", version, type(reason).__name__, reason)
             raise VersionRefused(reason) from reason
+        if self._make_room:
+            await self._make_room()
         # vLLM sets the integer itself after this returns.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))

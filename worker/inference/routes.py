@@ -13,12 +13,13 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
+from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.delta import DamagedDelta, DeltaError, StoreUnavailable, UnknownVersion, WrongBase, WrongShape
 from worker.inference.environment import NodeEnvironment
 from worker.inference.residents import LoadFailed, NotResident, ResidentVersions
-from worker.inference.resolver import VersionRefused
+from worker.inference.resolver import RESOLVER, VersionRefused, VersionResolver
 
 router = APIRouter(prefix="/errata/versions")
 
@@ -109,8 +110,11 @@ class VersionRoutes:
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Connect the routes to the engine. Fails, and with it the server, if the tuned layer cannot hold versions."""
         assert isinstance(engine_client, AsyncLLM)  # noqa: S101  the one engine of vLLM's server
-        residents = ResidentVersions(engine_client, state.openai_serving_models)
+        residents = ResidentVersions(engine_client, state.openai_serving_models, args.max_cpu_loras)
         await residents.list(checksum=False)
+        resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
+        assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin registered it
+        resolver.before_each_load(residents.make_room)
         state.errata_residents = residents
         state.errata_identity = {
             "fingerprint": self._environment.fingerprint,
