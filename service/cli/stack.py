@@ -9,7 +9,7 @@ import typer
 
 from service import doctor as examination
 from service.cli.logs import follow, last_lines
-from service.cli.options import Home, Json, read_settings
+from service.cli.options import Home, Json, Url, read_settings
 from service.console import ago, make_console, table
 from service.demo import run_demo
 from service.doctor import Level
@@ -88,12 +88,13 @@ def logs(
             typer.echo(f"{source}: {line}" if len(files) > 1 else line)
 
 
-def doctor(home: Home = None, as_json: Json = False) -> None:
+def doctor(home: Home = None, url: Url = None, as_json: Json = False) -> None:
     """Look for what is wrong with the stack, and say what to do. Exit 1 if something is."""
-    stack = Stack(read_settings(home))
-    findings = examination.examine(
-        stack.settings() if stack.running() else read_settings(home), url=stack.url() if stack.running() else None
-    )
+    settings = read_settings(home)
+    stack = Stack(settings)
+    if stack.running():
+        settings, url = stack.settings(), url or stack.url()
+    findings = examination.examine(settings, url=url)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:

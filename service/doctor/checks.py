@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 
 from service.schemas import Health, Run, RunStatus, VersionRecord, VersionState
 
@@ -12,6 +13,14 @@ _FULL_BYTES = 1 * _GIB
 _TIGHT_BYTES = 5 * _GIB
 WORKER_SILENCE_S = 15.0
 CONTROL_WAIT_S = 8.0
+REDIS_DEMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "appendonly": ("yes", "edits are lost when Redis restarts"),
+        "appendfsync": ("always", "an edit that was acknowledged can be lost with the power"),
+        "maxmemory-policy": ("noeviction", "edits can be evicted when memory is short"),
+    }
+)
+"""By name of a Redis setting: the value that it must have, and the harm of any other."""
 
 
 class Level(StrEnum):
@@ -64,11 +73,6 @@ def check_redis(config: Mapping[str, str]) -> list[Finding]:
     """An acknowledged edit is on disk, and none is evicted; ``config`` is the answer of ``CONFIG GET``."""
     if not config:
         return [Finding("redis", Level.WARN, "does not tell its configuration", "make sure of: appendfsync always")]
-    wanted = {
-        "appendonly": ("yes", "edits are lost when Redis restarts"),
-        "appendfsync": ("always", "an edit that was acknowledged can be lost with the power"),
-        "maxmemory-policy": ("noeviction", "edits can be evicted when memory is short"),
-    }
     wrong = [
         Finding(
             "redis",
@@ -76,7 +80,7 @@ def check_redis(config: Mapping[str, str]) -> list[Finding]:
             f"{name} is {config.get(name, 'unknown')}: {harm}",
             f"redis-cli config set {name} {value} && redis-cli config rewrite",
         )
-        for name, (value, harm) in wanted.items()
+        for name, (value, harm) in REDIS_DEMANDS.items()
         if config.get(name) != value
     ]
     return wrong or [Finding("redis", Level.OK, "answers; append-only file, fsync always, nothing is evicted")]

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 from service.client import ClientError, ErrataClient
 from service.doctor.checks import (
     CONTROL_WAIT_S,
+    REDIS_DEMANDS,
     WORKER_SILENCE_S,
     Finding,
     Level,
@@ -86,8 +87,11 @@ def _free_bytes(folder: Path) -> int:
 
 def _examine_redis(redis: Redis) -> list[Finding]:
     redis.ping()
+    config: dict[str, str] = {}
     try:
-        config = cast(dict[str, str], redis.config_get("appendonly", "appendfsync", "maxmemory-policy"))
+        # One at a time: before version 7, CONFIG GET takes only one name.
+        for name in REDIS_DEMANDS:
+            config |= cast(dict[str, str], redis.config_get(name))
     except ResponseError:
         # Hosted Redis often forbids CONFIG.
         config = {}
