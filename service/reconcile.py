@@ -155,13 +155,16 @@ class Reconciler:
         version = run.version
         if version is None:
             raise NotFoundError(f"run {run.id} is verifying and has no version", code="version_not_found")
-        new = edits.in_status(EditStatus.TRAINED)
+        if (active := registry.active()) and active.active == version:
+            # The process that moved the pointer died before it could say so.
+            self._complete(run)
+            return
         nodes = self._require_nodes()
         began = self._clock()
         try:
             self._prefetch(nodes, version)
             loaded = self._clock()
-            verdict = self._verify(nodes[0], version, new)
+            verdict = self._verify(nodes[0], version, edits.in_status(EditStatus.TRAINED))
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return
@@ -180,9 +183,12 @@ class Reconciler:
             edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
             self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
             return
-        edits.settle()
+        self._complete(run)
+
+    def _complete(self, run: Run) -> None:
+        self._stores.edits.settle()
         # What is not live by now was rolled back since.
-        edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
+        self._stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
         self._end(run, RunStatus.SUCCEEDED)
 
     def _verify(self, node: NodeClient, version: int, new: Sequence[Edit]) -> Verdict:

