@@ -20,6 +20,11 @@ def version_name(version: int) -> str:
     return f"errata@{version}"
 
 
+def authorization(token: str) -> dict[str, str]:
+    """The header that a node's guard asks for; none without a token, because an empty one is no legal header."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
 class NodeRefusedError(ErrataError):
     """The node is there and refuses the version: damaged, of another base, of another shape, unknown."""
 
@@ -46,7 +51,7 @@ class NodeClient:
         self._timeout_s = timeout_s
         self._http = httpx.Client(
             base_url=address,
-            headers={"Authorization": f"Bearer {token}"},
+            headers=authorization(token),
             timeout=_CONTROL_TIMEOUT_S,
             transport=transport,
         )

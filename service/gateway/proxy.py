@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.errors import UnavailableError
 from service.gateway.models import VERSION_HEADER
-from service.nodes import version_name
+from service.nodes import authorization, version_name
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Proxy:
             address: httpx.AsyncClient(
                 base_url=address,
                 # A stream is passed on as it comes, so it must not be compressed.
-                headers={"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"},
+                headers={**authorization(token), "Accept-Encoding": "identity"},
                 timeout=httpx.Timeout(timeout_s, connect=2.0, pool=None),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
                 transport=transport,

@@ -1,4 +1,4 @@
-"""Reconciler between a real Redis, scripted nodes and a scripted worker: users get what was verified, or what they had."""
+"""Reconciler between a real Redis, scripted nodes and a scripted worker: users get only what was verified."""
 
 import time
 from collections.abc import Callable
