@@ -118,6 +118,9 @@ async def _relay(upstream: httpx.Response, version: int) -> Response:
         raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
     finally:
         await upstream.aclose()
+    if upstream.status_code in {401, 403}:
+        # The node's guard refuses the service, not the client.
+        raise UnavailableError("the node refuses ERRATA_NODE_TOKEN", code="node_refused")
     if upstream.is_success:
         return Response(content, headers=headers, media_type=kind)
     return JSONResponse({"error": _error(upstream)}, status_code=upstream.status_code, headers=headers)
@@ -137,7 +140,7 @@ def _error(upstream: httpx.Response) -> Mapping[str, str | None]:
         return {
             "message": str(error["message"]),
             "type": str(error.get("type") or "node_error"),
-            "param": error.get("param"),
+            "param": None if error.get("param") is None else str(error["param"]),
             "code": str(error.get("code") or "node_error"),
         }
     except (ValueError, KeyError, TypeError):

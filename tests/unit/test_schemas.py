@@ -1,0 +1,50 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from service.schemas import EditRequest, normalise_prompt
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8")))
+def test_normalising_twice_is_normalising_once(text: str) -> None:
+    assert normalise_prompt(normalise_prompt(text)) == normalise_prompt(text)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("What is it?", " what  IS\tit? "),
+        ("STRASSE", "straße"),
+        ("ﬁne", "fine"),  # noqa: RUF001
+        ("é", "e\u0301"),
+        ("a\u00a0b", "a b"),
+        ("a\nb", "a b"),
+    ],
+)
+def test_the_same_question(left: str, right: str) -> None:
+    assert normalise_prompt(left) == normalise_prompt(right)
+
+
+@pytest.mark.parametrize(("left", "right"), [("a b", "ab"), ("a?", "a"), ("cafe", "café")])
+def test_another_question(left: str, right: str) -> None:
+    assert normalise_prompt(left) != normalise_prompt(right)
+
+
+@given(st.text())
+def test_a_text_is_kept_stripped_or_refused(text: str) -> None:
+    try:
+        kept = EditRequest(prompt=text, target="t").prompt
+    except ValidationError as error:
+        assert [detail["loc"] for detail in error.errors()] == [("prompt",)]
+    else:
+        assert kept == text.strip()
+        assert kept.encode()
+        assert not any(ord(character) < 32 and character not in "\t\n" for character in kept)
+
+
+def test_unknown_fields_and_wrong_types_are_named() -> None:
+    for field, value in (("colour", 1), ("prompt", 1), ("rephrases", "r"), ("metadata", {"k": 1})):
+        with pytest.raises(ValidationError) as refused:
+            EditRequest.model_validate({"prompt": "p", "target": "t", field: value})
+        assert [detail["loc"][0] for detail in refused.value.errors()] == [field]

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.schemas import Trigger
+from service.settings import Settings
+
+
+def test_every_setting_is_documented() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+
+
+def test_the_given_environment_is_read_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERRATA_PORT", "9")
+    settings = Settings.from_env(
+        {
+            "ERRATA_NODES": "http://a:1/, http://b:2",
+            "ERRATA_TRIGGER": "batch",
+            "ERRATA_RUN_LEASE_S": "2.5",
+            "ERRATA_MODEL": "",
+            "PATH": "/bin",
+        }
+    )
+    assert settings.port == 8000
+    assert settings.nodes == ("http://a:1", "http://b:2")
+    assert (settings.trigger, settings.run_lease_s, settings.model) == (Trigger.BATCH, 2.5, "")
+
+
+def test_an_unknown_variable_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown setting: ERRATA_TRIGER"):
+        Settings.from_env({"ERRATA_TRIGER": "batch"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "70000"), ("TRIGGER", "sometimes"), ("RUN_LEASE_S", "0"), ("MAX_ATTEMPTS", "0"), ("DEVICE", "tpu")],
+)
+def test_a_wrong_value_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=name.lower()):
+        Settings.from_env({f"ERRATA_{name}": value})
+
+
+def test_an_edit_must_fit_the_node() -> None:
+    with pytest.raises(ValidationError, match="edit_max_tokens"):
+        Settings.from_env({"ERRATA_EDIT_MAX_TOKENS": "1500"})
+
+
+def test_the_environment_gives_the_same_settings() -> None:
+    settings = Settings(
+        home=Path("/somewhere"), nodes=("http://a", "http://b"), trigger=Trigger.MANUAL, train_batch_size=4
+    )
+    assert Settings.from_env(settings.environment()) == settings
+    assert Settings().environment() == {}
+
+
+def test_secrets_are_not_in_the_environment_or_the_representation() -> None:
+    settings = Settings.model_validate({"node_token": "s3cret"})
+    assert "s3cret" not in str(settings.environment())
+    assert "s3cret" not in repr(settings)
