@@ -74,10 +74,13 @@ def logs(
     home: Home = None,
 ) -> None:
     """Print what the processes wrote."""
-    files = Stack(read_settings(home)).log_files()
+    settings = read_settings(home)
+    files = Stack(settings).log_files()
+    if not files:
+        raise NotFoundError(f"there are no logs under {settings.home}")
     if name is not None:
         if name not in files:
-            raise NotFoundError(f"no log of {name!r}; there are: {', '.join(files) or 'none'}")
+            raise NotFoundError(f"no log of {name!r}; there are: {', '.join(files)}")
         files = {name: files[name]}
     for source, path in files.items():
         prefix = f"{source}: " if len(files) > 1 else ""

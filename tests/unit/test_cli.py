@@ -211,6 +211,13 @@ def test_doctor_without_a_stack_fails_and_says_so() -> None:
     assert {"part", "level", "found", "advice"} == set(json.loads(run("doctor", "--json").stdout)[0])
 
 
+def test_logs_of_nothing(home: Path) -> None:
+    result = run("logs")
+
+    assert result.exit_code == 1
+    assert result.stderr == f"errata: there are no logs under {home}\n"
+
+
 def test_logs(home: Path) -> None:
     (home / "logs").mkdir(parents=True)
     (home / "logs" / "train.log").write_text("one\ntwo\nthree\n")

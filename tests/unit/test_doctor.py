@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fake_service import RUN, VERSION
 
@@ -19,7 +20,8 @@ from service.doctor.checks import (
     check_train_worker,
     check_versions,
 )
-from service.doctor.examination import store_folder
+from service.doctor.examination import look_at_node, store_folder
+from service.nodes import NodeClient
 from service.schemas import Health, Run, VersionRecord
 from service.settings import Settings
 
@@ -160,6 +162,34 @@ def test_versions_before_the_first_and_in_a_remote_store() -> None:
 def test_store_folder() -> None:
     assert store_folder("/a/b") == store_folder("file:///a/b") == Path("/a/b")
     assert store_folder("s3://bucket/versions") is None
+
+
+@pytest.mark.parametrize(
+    ("read_back", "level"),
+    [
+        (httpx.Response(200, json={"version": 1, "tensors": VERSION["tensors"]}), Level.OK),
+        (httpx.Response(200, json={"version": 1, "tensors": {}}), Level.FAIL),
+        (httpx.Response(200, json=[]), Level.FAIL),
+        (httpx.Response(401, text="no"), Level.FAIL),
+    ],
+)
+def test_a_node_is_read_back(read_back: httpx.Response, level: Level) -> None:
+    def node(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/checksum"):
+            return read_back
+        return httpx.Response(200, json={"resident": [{"version": 0}, {"version": 1}]})
+
+    transport = httpx.MockTransport(node)
+    client = NodeClient("http://n", token="t", timeout_s=5, transport=transport)
+    found = look_at_node(client, Settings(node_token="t"), record(1), transport=transport)
+
+    assert check_node(found, record(1)).level is level
+
+
+def test_a_node_that_is_gone_is_not_ready() -> None:
+    found = look_at_node(NodeClient("http://127.0.0.1:1", token="", timeout_s=1), Settings(), record(1))
+
+    assert not found.ready
 
 
 def test_a_redis_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
