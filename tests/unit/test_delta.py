@@ -127,12 +127,16 @@ def flip_one_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_one_bit, Path.unlink])
+@pytest.mark.parametrize(
+    ("damage", "what"), [(truncate, r"has \d+ bytes"), (flip_one_bit, "has sha256"), (Path.unlink, "is missing")]
+)
 @pytest.mark.parametrize("name", ["delta.safetensors", "edits.jsonl"])
-def test_a_damaged_file_is_named(store: VersionStore, root: Path, damage: Callable[[Path], None], name: str) -> None:
+def test_a_damaged_file_is_named(
+    store: VersionStore, root: Path, damage: Callable[[Path], None], what: str, name: str
+) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
     damage(root / "versions" / "000001" / name)
-    with pytest.raises(DamagedDelta, match=f"version 1: {name}"):
+    with pytest.raises(DamagedDelta, match=f"version 1: {name} {what}"):
         store.load(1) if name == "delta.safetensors" else store.edits(1)
 
 
