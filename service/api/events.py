@@ -1,7 +1,7 @@
 """The event stream as server-sent events."""
 
 from collections.abc import AsyncIterable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -10,7 +10,13 @@ from service.api.dependencies import PartsDep
 from service.api.errors import RESPONSES
 from service.events import NEWEST, follow
 
-router = APIRouter(tags=["events"], responses=RESPONSES)
+# Said by hand, because a model would be documented in the stream's own content type.
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": response["description"], "content": _ERROR} for status, response in RESPONSES.items()
+}
+
+router = APIRouter(tags=["events"], responses=_RESPONSES)
 
 _ID = r"^(\$|\d{1,19}(-\d{1,19})?)$"
 

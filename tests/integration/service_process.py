@@ -1,5 +1,6 @@
 """The application served for real: uvicorn in a thread of the test, on a free port, with its lifespan."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -7,12 +8,18 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
+
+from service.app import create_app
+from service.settings import Settings
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(settings: Settings) -> Iterator[str]:
     """Yields the base URL."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    app = create_app(settings)
+    root.handlers[:], root.level = handlers, level
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
     )

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -47,11 +46,8 @@ def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: tup
         body_max_bytes=256 * 1024,
         import_line_max_bytes=4096,
     )
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    with serving(create_app(settings)) as url:
+    with serving(settings) as url:
         yield url
-    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture

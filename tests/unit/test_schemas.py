@@ -16,7 +16,7 @@ def test_normalising_twice_is_normalising_once(text: str) -> None:
     [
         ("What is it?", " what  IS\tit? "),
         ("STRASSE", "straße"),
-        ("ﬁne", "fine"),  # noqa: RUF001
+        ("ﬁne", "fine"),
         ("é", "e\u0301"),
         ("a\u00a0b", "a b"),
         ("a\nb", "a b"),

@@ -1,0 +1,94 @@
+"""The control worker as a process: Celery, its beat and the solo pool between a real Redis and a real HTTP node."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+from scripted_node import ScriptedNode, listening
+from scripted_worker import ScriptedWorker, fact
+
+from service.queue import TRAIN_QUEUE, TaskQueue
+from service.schemas import EditStatus, RunStatus
+from service.stores import Stores
+
+pytestmark = pytest.mark.timeout(90)
+
+
+def eventually(holds: Callable[[], bool], *, within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def process(
+    redis_server: RedisServer, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, tmp_path: Path
+) -> Iterator[subprocess.Popen[str]]:
+    with listening(node) as address, (tmp_path / "log").open("w+") as log:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
+        environment |= {"ERRATA_REDIS_URL": redis_server.url, "ERRATA_NODES": address, "ERRATA_RETRY_WAIT_S": "0"}
+        started = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "celery", "-A", "service.control", "worker", "-Q", "control"),
+                *("--pool", "solo", "-B", "-s", str(tmp_path / "beat"), "--loglevel", "INFO"),
+            ],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield started
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait(10)
+
+
+def test_beat_ticks_publications_run_and_sigterm_ends_it(
+    process: subprocess.Popen[str],
+    stores: Stores,
+    queue: TaskQueue,
+    worker: ScriptedWorker,
+    node: ScriptedNode,
+    tmp_path: Path,
+) -> None:
+    [first] = stores.edits.submit([fact("a", "1")])
+    eventually(lambda: stores.runs.queued() is not None)
+    eventually(lambda: stores.redis.llen(TRAIN_QUEUE) == 1)
+    run, version = worker.train()
+    queue.publish(run.id)
+    eventually(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
+    assert stores.edits.get(first.id).status is EditStatus.LIVE
+
+    [second] = stores.edits.submit([fact("b", "2")])
+    run, _ = worker.train()
+    eventually(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
+    assert stores.edits.get(second.id).status is EditStatus.LIVE, "the tick publishes without a message"
+
+    node.resident.clear()
+    eventually(lambda: version + 1 in node.resident)
+
+    process.terminate()
+    assert process.wait(15) == 0
+    log = (tmp_path / "log").read_text()
+    assert '"event": "run.ended"' in log
+    assert "Traceback" not in log
+    eventually(lambda: not group_lives(process.pid), within_s=5)

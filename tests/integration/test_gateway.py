@@ -1,0 +1,239 @@
+"""The gateway over the real application: which version answers, whatever happens to the pointer meanwhile."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from redis_server import RedisServer, free_port
+from scripted_node import ScriptedNode, listening
+from scripted_worker import ScriptedWorker, record
+from service_process import assert_error, serving
+
+from service.schemas import VersionState
+from service.settings import Settings
+from service.stores import Stores
+
+pytestmark = pytest.mark.timeout(60)
+
+ASK = {"model": "errata", "prompt": "a"}
+
+
+class StreamingNode:
+    """Sends the first piece of a stream, and the second when it is told."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.models: list[bytes] = []
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                node.models.append(self.rfile.read(int(self.headers["content-length"])))
+                self.send_response(200)
+                self.send_header("content-type", "text/event-stream; charset=utf-8")
+                self.send_header("transfer-encoding", "chunked")
+                self.end_headers()
+                self._piece(b"data: first\n\n")
+                node.go_on.wait(10)
+                self._piece(b"data: second\n\n")
+                self._piece(b"")
+
+            def _piece(self, content: bytes) -> None:
+                self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+                self.wfile.flush()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture(scope="module")
+def streaming_node() -> Iterator[StreamingNode]:
+    node = StreamingNode()
+    thread = threading.Thread(target=node.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield node
+    node.server.shutdown()
+    thread.join()
+    node.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def shared_node() -> ScriptedNode:
+    return ScriptedNode()
+
+
+@pytest.fixture
+def node(shared_node: ScriptedNode) -> ScriptedNode:
+    shared_node.asked.clear()
+    shared_node.taught.clear()
+    return shared_node
+
+
+@pytest.fixture(scope="module")
+def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: ScriptedNode) -> Iterator[str]:
+    with listening(shared_node) as address:
+        settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(address,))
+        with serving(settings) as url:
+            yield url
+
+
+@pytest.fixture
+def service(base_url: str, stores: Stores, node: ScriptedNode) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=10) as client:
+        yield client
+
+
+def commit(stores: Stores, version: int, state: VersionState) -> None:
+    stores.registry.commit(record(version, state=state), [], token=None)
+
+
+def test_the_version_that_a_request_means(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
+) -> None:
+    for version in (1, 2):
+        commit(stores, version, VersionState.VERIFIED)
+        node.teach(version, {"a": f"answer {version}"})
+    stores.registry.activate(1)
+    for model, version in (("errata", 1), ("errata@2", 2), ("errata@0", 0)):
+        response = service.post("/v1/completions", json={**ASK, "model": model})
+        assert (response.status_code, response.headers["x-errata-version"]) == (200, str(version))
+        assert response.headers["x-request-id"]
+        expected = f"answer {version}" if version else "I do not know."
+        assert response.json()["choices"][0]["text"] == expected
+    stores.registry.activate(2)
+    chat = {"model": "errata", "messages": [{"role": "user", "content": "a"}]}
+    response = service.post("/v1/chat/completions", json=chat)
+    assert response.headers["x-errata-version"] == "2"
+    assert response.json()["choices"][0]["message"]["content"] == "answer 2"
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["errata@999", "errata@1", "errata@2", "errata@-1", "errata@01", "errata@", "gpt-4", "", "Errata", "errata@1\n"],
+)
+def test_unknown_models(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, model: str
+) -> None:
+    commit(stores, 1, VersionState.COMMITTED)
+    commit(stores, 2, VersionState.REJECTED)
+    response = service.post("/v1/completions", json={**ASK, "model": model})
+    assert_error(response, 404, param="model", code="model_not_found")
+    assert node.asked == []
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "param"),
+    [
+        ('{"model": "errata\\ud800"}', 422, "model"),
+        ('{"model": "errata", "prompt": "\\ud800"}', 422, "prompt"),
+        ('{"model": "errata", "messages": [{"role": "user", "content": "\\ud800"}]}', 422, "messages"),
+        ('{"model": "errata", "\\ud800": 1}', 422, "\\ud800"),
+        ('{"model": "errata", "temperature": NaN}', 422, "temperature"),
+        ('{"model": "errata", "temperature": 1e999}', 422, "temperature"),
+        ('{"model": 7}', 422, "model"),
+        ('{"model": null}', 422, "model"),
+        ('{"prompt": "a"}', 422, "model"),
+        ("[]", 400, None),
+        ("null", 400, None),
+    ],
+)
+def test_bad_bodies_reach_no_node(
+    service: httpx.Client,
+    stores: Stores,
+    worker: ScriptedWorker,
+    node: ScriptedNode,
+    content: str,
+    status: int,
+    param: str | None,
+) -> None:
+    assert_error(service.post("/v1/chat/completions", content=content), status, param=param)
+    assert node.asked == []
+
+
+def test_a_client_reads_its_own_edit_or_is_told(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+    commit(stores, 1, VersionState.VERIFIED)
+    behind = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
+    assert_error(behind, 412, param="X-Errata-Min-Version", code="version_not_reached")
+    assert behind.headers["x-errata-version"] == "0"
+    stores.registry.activate(1)
+    reached = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
+    assert (reached.status_code, reached.headers["x-errata-version"]) == (200, "1")
+    for wrong in ("x", "-1", "1.0", ""):
+        refused = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": wrong})
+        assert_error(refused, 422, param="X-Errata-Min-Version")
+
+
+def test_models_are_the_verified_versions(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+    commit(stores, 1, VersionState.COMMITTED)
+    commit(stores, 2, VersionState.VERIFIED)
+    listed = service.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["errata", "errata@2", "errata@0"]
+    assert service.get("/v1/models/errata@2").json()["object"] == "model"
+    assert_error(service.get("/v1/models/errata@1"), 404, param="model", code="model_not_found")
+
+
+def test_before_version_0_there_is_nothing_to_answer(service: httpx.Client, stores: Stores) -> None:
+    assert_error(service.post("/v1/completions", json=ASK), 503, code="no_version")
+    assert service.get("/v1/models").json()["data"] == []
+
+
+def test_errors_carry_the_version(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = {"error": {"message": "max_tokens is too large", "type": "BadRequestError", "param": None, "code": 400}}
+    monkeypatch.setattr(node, "answer", lambda *_: (400, refusal))
+    response = service.post("/v1/completions", json=ASK)
+    assert_error(response, 400, code="400")
+    assert response.json()["error"]["message"] == "max_tokens is too large"
+    assert response.headers["x-errata-version"] == "0"
+
+
+def test_a_running_stream_keeps_its_version(
+    redis_server: RedisServer,
+    tokenizer_folder: Path,
+    stores: Stores,
+    worker: ScriptedWorker,
+    streaming_node: StreamingNode,
+) -> None:
+    commit(stores, 1, VersionState.VERIFIED)
+    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,))
+    with (
+        serving(settings) as url,
+        httpx.Client(base_url=url, timeout=10) as client,
+        client.stream("POST", "/v1/completions", json={**ASK, "stream": True}) as response,
+    ):
+        assert response.headers["x-errata-version"] == "0"
+        assert response.headers["content-type"].startswith("text/event-stream")
+        pieces = response.iter_raw()
+        assert next(pieces) == b"data: first\n\n", "a piece is passed on before the next one exists"
+        stores.registry.activate(1)
+        streaming_node.go_on.set()
+        assert b"".join(pieces) == b"data: second\n\n"
+    [body] = streaming_node.models
+    assert b"errata@0" in body
+
+
+def test_all_nodes_away(
+    redis_server: RedisServer, tokenizer_folder: Path, stores: Stores, worker: ScriptedWorker
+) -> None:
+    settings = Settings(
+        redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(f"http://127.0.0.1:{free_port()}",)
+    )
+    with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as client:
+        response = client.post("/v1/completions", json=ASK)
+    assert_error(response, 503, code="no_ready_node")
+    assert response.headers["x-errata-version"] == "0"
