@@ -79,7 +79,7 @@ def target_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: st
     """The ids of the target as they follow the prompt's own ids, without EOS."""
     text, special_tokens = _prompt_text(tokenizer, prompt, format_)
     prompt_ids = prompt_token_ids(tokenizer, prompt, format_)
-    continuation = f" {target.strip()}" if format_ is Format.RAW else target.strip()
+    continuation = f" {target.strip()}" if format_ == Format.RAW else target.strip()
     joint_ids = list(tokenizer(text + continuation, add_special_tokens=special_tokens).input_ids)
     if joint_ids[: len(prompt_ids)] == prompt_ids:
         return joint_ids[len(prompt_ids) :]
@@ -104,7 +104,7 @@ def _encode_one(
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, format_: Format) -> tuple[str, bool]:
     """The text to tokenise, and whether the tokenizer adds its special tokens (a chat template writes its own)."""
-    if format_ is Format.RAW:
+    if format_ == Format.RAW:
         return prompt, True
     turns = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)), False

