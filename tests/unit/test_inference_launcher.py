@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from worker import checkpoint
 from worker.inference.environment import IncompleteEnvironment, NodeEnvironment
-from worker.inference.launcher import Command, build_command
+from worker.inference.launcher import Command, build_command, main
 
 TOKEN = {"ERRATA_NODE_TOKEN": "secret"}
 
@@ -96,6 +96,13 @@ def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:
 def test_a_location_that_the_model_lacks_is_refused(model_dir: Path) -> None:
     with pytest.raises(checkpoint.UnknownLocation, match=r"layers\.20\."):
         build_command([*flags(model_dir), "--location", "model.layers.20.mlp.down_proj"], TOKEN, on_cpu=True)
+
+
+def test_a_node_that_cannot_start_says_why(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ERRATA_NODE_TOKEN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["launcher", *flags(model_dir)])
+    with pytest.raises(SystemExit, match="cannot start: ERRATA_NODE_TOKEN unset"):
+        main()
 
 
 def test_a_missing_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:

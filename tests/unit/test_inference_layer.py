@@ -36,7 +36,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def versioned(slot_of_token: list[int], *, tp_size: int = 1, tp_rank: int = 0) -> VersionedRowParallelLinear:
     layer = VersionedRowParallelLinear(BaseLayer(random(OUT, IN, seed=0), tp_size, tp_rank))
-    layer.create_lora_weights(SLOTS, SimpleNamespace(lora_dtype=torch.float32))
+    layer.create_lora_weights(SLOTS, SimpleNamespace(lora_dtype=torch.float32, max_lora_rank=1))
     # Longer than the batch, as vLLM's buffer is, with a slot in the part that must not be read.
     layer.set_mapping(SimpleNamespace(_token_lora_indices=torch.tensor([*slot_of_token, 1, 1])))
     return layer
@@ -85,13 +85,20 @@ def test_a_version_outlives_the_tensor_it_was_loaded_from() -> None:
     assert tensor_sha256(layer.read_slot(0)) == tensor_sha256(random(OUT, IN, seed=1))
 
 
-@pytest.mark.parametrize("shape", [(OUT, IN + 1), (OUT, IN - 1), (1, IN), (OUT, 1), (IN, OUT)])
+@pytest.mark.parametrize("shape", [(OUT, IN + 1), (OUT, IN - 1), (2, IN), (OUT, 1), (IN, OUT)])
 def test_a_matrix_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
     layer = versioned([0])
     set_version(layer, 0, random(OUT, IN, seed=1))
     with pytest.raises(ValueError, match=r"slot 0 holds a matrix of shape \(6, 8\)"):
         set_version(layer, 0, torch.zeros(shape))
     assert torch.equal(layer.read_slot(0), random(OUT, IN, seed=1))
+
+
+def test_vllms_warm_up_adapter_leaves_the_slot_empty() -> None:
+    layer = versioned([0])
+    set_version(layer, 0, random(OUT, IN, seed=1))
+    layer.set_lora(0, torch.zeros(1, layer.lora_a_stacked[0].shape[-1]), torch.zeros(OUT, 1))
+    assert torch.equal(layer.read_slot(0), torch.zeros(OUT, IN))
 
 
 def test_shards_of_a_version_add_up_to_it() -> None:

@@ -1,6 +1,7 @@
 """What happens in vLLM's processes before a model is loaded: checks, registration, refusal."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_an_attribute_that_is_no_longer_set_is_named(monkeypatch: pytest.MonkeyP
     def init(self: object, base_layer: object) -> None: ...
 
     monkeypatch.setattr(RowParallelLinearWithLoRA, "__init__", init)
-    with pytest.raises(interfaces.IncompatibleVllm, match=r"__init__ sets no input_size"):
+    with pytest.raises(interfaces.IncompatibleVllm, match=r"__init__ has no input_size"):
         interfaces.check()
 
 
@@ -103,6 +104,13 @@ def test_a_node_does_not_start_on_a_vllm_that_moved(
     with pytest.raises(interfaces.IncompatibleVllm):
         plugin.register()
     assert VersionedRowParallelLinear not in utils._all_lora_classes
+
+
+def test_a_node_does_not_start_without_its_routes(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    become(environment, monkeypatch)
+    monkeypatch.setitem(sys.modules, "worker.inference.routes", None)
+    with pytest.raises(ImportError, match=r"worker\.inference\.routes"):
+        plugin.register()
 
 
 @pytest.mark.parametrize("name", ["ERRATA_STORE", "ERRATA_BASE_FINGERPRINT", "ERRATA_NODE_TOKEN"])

@@ -19,11 +19,11 @@ class IncompatibleVllm(Exception):
 
 @dataclass(frozen=True)
 class Function:
-    """A function or method by its dotted path, the parameters it must take and the attributes it must assign."""
+    """A function or method by its dotted path, the parameters it must take and the attributes it must set or read."""
 
     path: str
     parameters: tuple[str, ...] = ()
-    assigns: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
 
 
 _LAYER = "vllm.lora.layers.RowParallelLinearWithLoRA"
@@ -50,6 +50,7 @@ FUNCTIONS = (
     Function("vllm.model_executor.custom_op.maybe_get_oot_by_class"),
     Function("vllm.distributed.tensor_model_parallel_all_gather", ("input_", "dim")),
     Function(f"{_MANAGER}.__init__", (), ("modules", "lora_index_to_id", "lora_manager")),
+    Function(f"{_MANAGER}.create_dummy_lora", ("lora_id", "rank"), ("lora_a_stacked", "lora_b_stacked")),
     Function(f"{_MANAGER}.activate_adapter", ("lora_id",)),
     Function(f"{_MANAGER}.list_adapters"),
     Function("vllm.v1.worker.worker_base.WorkerBase.get_model"),
@@ -86,9 +87,9 @@ def _problems(function: Function) -> Iterator[str]:
     for name in function.parameters:
         if name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             yield f"{function.path} takes no {name}"
-    for name in function.assigns:
+    for name in function.attributes:
         if name not in code.co_names:
-            yield f"{function.path} sets no {name}"
+            yield f"{function.path} has no {name}"
 
 
 def _resolve(path: str) -> Any:

@@ -26,8 +26,14 @@ class Command:
 
 
 def main() -> None:
-    """Replace this process by the server. SIGTERM then stops the server and its engine."""
-    command = build_command(sys.argv[1:], os.environ, on_cpu=_is_cpu_build())
+    """Replace this process by the server. SIGTERM then stops the server and its engine.
+
+    SIGKILL must go to the process group: the engine outlives a server that was killed alone.
+    """
+    try:
+        command = build_command(sys.argv[1:], os.environ, on_cpu=_is_cpu_build())
+    except (checkpoint.CheckpointError, IncompleteEnvironment) as error:
+        raise SystemExit(f"the node cannot start: {error}") from error
     os.execve(command.arguments[0], command.arguments, command.environ)  # noqa: S606  no shell is wanted
 
 

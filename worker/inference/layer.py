@@ -38,10 +38,19 @@ class VersionedRowParallelLinear(RowParallelLinearWithLoRA):
         dtype = lora_config.lora_dtype
         assert isinstance(dtype, torch.dtype)  # noqa: S101  vLLM has resolved "auto" by now
         self.slots = torch.zeros(max_loras, self.output_size, self.input_size, dtype=dtype, device=self.device)
+        # Only looked at, for the dimensions of the adapters that vLLM warms up with.
+        self.lora_a_stacked = (self.slots.new_empty(0, 1, lora_config.max_lora_rank, self.input_size),)
+        self.lora_b_stacked = (self.slots.new_empty(0, 1, self.output_size, lora_config.max_lora_rank),)
 
     @override
     def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:  # type: ignore[override]  # never a list here
-        """Put the version's matrix `lora_a`, `[out, in]`, into slot `index`. Raises ValueError on another shape."""
+        """Put the version's matrix `lora_a`, `[out, in]`, into slot `index`. Raises ValueError on another shape.
+
+        An adapter of the nominal rank is vLLM's own, for warming up, and leaves the slot empty.
+        """
+        if lora_a.shape == self.lora_a_stacked[0].shape[-2:]:
+            self.reset_lora(index)
+            return
         expected = (self.output_size, self.input_size * self.tp_size)
         # Slicing and copying would truncate and broadcast: a matrix would then be served that nobody trained.
         if lora_a.shape != expected:

@@ -4,6 +4,7 @@ Only the standard library is imported at the top: vLLM logs and goes on when a p
 without its plugin must not serve. What fails inside `register` stops the process.
 """
 
+import importlib
 import os
 
 from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
@@ -21,6 +22,8 @@ def register() -> None:
     from worker.inference import interfaces  # noqa: PLC0415  see the module's docstring
 
     interfaces.check()
+    # As of this plugin, so of the routes: vLLM would go on without them.
+    importlib.import_module("worker.inference.routes")
     _register_layer()
     _register_resolver(environment)
 
