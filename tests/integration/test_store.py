@@ -342,6 +342,22 @@ def test_withdrawing_an_unserved_successor_restores_what_is_served(stores: Store
     assert status_of(stores, served.id) is EditStatus.LIVE
 
 
+def test_a_rollback_does_not_revive_beside_a_newer_target(stores: Stores, worker: ScriptedWorker) -> None:
+    """What stood between the two was withdrawn; the newest target still stands for the prompt."""
+    [old] = stores.edits.submit([fact("q", "one")])
+    one = publish(stores, worker)
+    [withdrawn] = stores.edits.submit([fact("q", "two")])
+    publish(stores, worker)
+    stores.edits.retract(withdrawn.id)
+    publish(stores, worker)
+    assert status_of(stores, withdrawn.id) is EditStatus.RETRACTED
+    [newest] = stores.edits.submit([fact("q", "three")])
+    stores.registry.activate(one)
+    stores.edits.settle()
+    assert status_of(stores, old.id) is EditStatus.SUPERSEDED
+    assert [edit.id for edit in stores.edits.claim("run_x").members] == [newest.id]
+
+
 def test_pages_are_newest_first_and_complete(stores: Stores) -> None:
     ids = [edit.id for edit in stores.edits.submit([fact(f"p{number}", "t") for number in range(25)])]
     found: list[str] = []
