@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from redis.exceptions import LockError
 
@@ -81,8 +82,13 @@ class Reconciler:
         return self.activate(to)
 
     def holders(self, version: int) -> list[str]:
-        """Addresses of the ready nodes that hold a version."""
-        return [node.address for node in self.ready_nodes() if version in node.resident()]
+        """Addresses of the ready nodes that hold a version; one that does not say is left out."""
+        found = []
+        for node in self.ready_nodes():
+            with suppress(NodeRefusedError, UnavailableError):
+                if version in node.resident():
+                    found.append(node.address)
+        return found
 
     def publish(self, run_id: str) -> None:
         """Verifies the version of a run on a node and makes it active, or gives its edits back.
@@ -207,7 +213,9 @@ class Reconciler:
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
-        self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
+        # A run over an empty edit set has no version of its own; the base is not rejected with it.
+        if self._stores.registry.get(version).run == run.id:
+            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
         self._stores.edits.unclaim(run.id, error=error)
         self._end(run, RunStatus.FAILED, error)
 

@@ -247,6 +247,35 @@ class TestPublish:
         assert statuses(stores, edits) == ["live", "live", "queued"]
         assert {said.before for said in stores.edits.get(edits[0].id).verified.values()} == {"I do not know."}
 
+    def test_a_run_over_nothing_goes_back_to_the_base(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        version = published(stores, worker, reconciler)
+        stores.edits.retract(edits[0].id)
+        run, members = worker.begin()
+        assert members == []
+        stores.runs.hand_over(run, 0)
+        node.refuses[0] = (409, "wrong_base")
+        reconciler.publish(run.id)
+        assert run_of(stores, run).status is RunStatus.FAILED
+        assert active(stores) == version
+        assert stores.registry.get(0).state is VersionState.VERIFIED, "the base is not this run's to reject"
+        node.refuses.clear()
+        run, _ = worker.begin()
+        stores.runs.hand_over(run, 0)
+        reconciler.publish(run.id)
+        assert (active(stores), statuses(stores, edits)) == (0, ["retracted"])
+
+    def test_a_node_that_does_not_say_what_it_holds_holds_nothing(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        def stock(request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200 if request.url.path == "/health" else 404)
+
+        bare = NodeClient("http://bare", token="t", timeout_s=5, transport=httpx.MockTransport(stock))
+        assert make_reconciler(bare, node.client()).holders(0) == ["http://node"]
+
 
 def died(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
