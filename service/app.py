@@ -23,6 +23,8 @@ from service.settings import Settings
 from service.stores import Stores
 from service.tokens import EditChecker
 
+_MAX_WAITING = 4096
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Builds the application; parts that need Redis or the model are made when it starts.
@@ -39,7 +41,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stores = Stores.connect(chosen)
-        async_redis = AsyncRedis.from_url(chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3)
+        # Everyone who waits for an event holds a connection.
+        async_redis = AsyncRedis.from_url(
+            chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3, max_connections=_MAX_WAITING
+        )
         queue = TaskQueue(create_celery(chosen), stores.redis)
         app.state.parts = Parts(
             settings=chosen,

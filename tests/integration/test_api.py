@@ -197,6 +197,13 @@ class TestEdits:
         assert state["progress"]["run"]
         assert 0.25 < time.monotonic() - began < 3
 
+    async def test_many_wait_at_once(self, base_url: str, api: httpx.Client, stores: Stores) -> None:
+        edit_id = submitted(api, "a", "1")
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=base_url, timeout=30, limits=limits) as client:
+            waiting = [client.get(f"/edits/{edit_id}/status", params={"wait": 2}) for _ in range(150)]
+            assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
+
     def test_long_poll_ends_without_a_change(self, api: httpx.Client, stores: Stores) -> None:
         edit_id = submitted(api, "a", "1")
         began = time.monotonic()

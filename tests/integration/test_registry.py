@@ -51,6 +51,8 @@ def test_a_stale_token_cannot_commit(stores: Stores, worker: ScriptedWorker) -> 
     assert new.token > old.token
     with pytest.raises(FencedError):
         worker.commit(old, members)
+    with pytest.raises(FencedError):
+        stores.registry.commit(record(5, run=new.id), [], token=old.token)
     assert [found.version for found in stores.registry.page(after=None, limit=10)[0]] == [0]
 
 
