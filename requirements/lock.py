@@ -23,7 +23,9 @@ HERE = Path(__file__).parent
 
 # vLLM lists these for images, audio and video. Errata serves text, and PyPI's builds of them break every import of a
 # transformers model beside a CPU torch ("operator torchvision::nms does not exist").
+# Triton has no CPU backend, and is a gigabyte: only xgrammar's CUDA kernels ask for it there.
 DROPPED = {"torchvision", "torchaudio", "torchcodec"}
+DROPPED_ON_CPU = {"triton"}
 
 HEADER = """\
 # Generated from {name}.in by requirements/lock.py; do not edit. Installed with --no-deps.
@@ -54,13 +56,13 @@ def resolve(requirements: Iterable[str], constraints: Iterable[str]) -> dict[str
     return {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in installs}
 
 
-def closure(lines: Iterable[str], packages: dict[str, dict[str, Any]]) -> set[str]:
-    """Canonical names of what the requirement lines need, themselves included."""
+def closure(lines: Iterable[str], packages: dict[str, dict[str, Any]], dropped: set[str]) -> set[str]:
+    """Canonical names of what the requirement lines need, themselves included and `dropped` left out."""
     seen: set[tuple[str, str]] = set()
 
     def visit(requirement: Requirement) -> None:
         name = canonicalize_name(requirement.name)
-        if name in DROPPED:
+        if name in dropped:
             return
         for extra in ("", *requirement.extras):
             if (name, extra) in seen:
@@ -89,12 +91,12 @@ def pin(name: str, metadata: dict[str, Any]) -> str:
     return f"{name}{exact}{metadata['version']}"
 
 
-def split(names: list[str], packages: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+def split(names: list[str], packages: dict[str, dict[str, Any]], dropped: set[str]) -> dict[str, list[str]]:
     """The pins of each file: the first of `names` that needs a package has it."""
     files: dict[str, list[str]] = {}
     placed: set[str] = set()
     for name in names:
-        new = closure(requested(name), packages) - placed
+        new = closure(requested(name), packages, dropped) - placed
         files[name] = [pin(package, packages[package]) for package in sorted(new)]
         placed |= new
     return files
@@ -102,10 +104,11 @@ def split(names: list[str], packages: dict[str, dict[str, Any]]) -> dict[str, li
 
 def main() -> None:
     """Resolve for CPU, then for CUDA with the shared versions held, and write the files."""
-    cpu = split(chain("cpu"), resolve((line for name in chain("cpu") for line in requested(name)), []))
+    cpu_packages = resolve((line for name in chain("cpu") for line in requested(name)), [])
+    cpu = split(chain("cpu"), cpu_packages, DROPPED | DROPPED_ON_CPU)
     shared = [line for name, lines in cpu.items() for line in lines if not name.endswith("-cpu")]
     cuda_packages = resolve((line for name in chain("cuda") for line in requested(name)), shared)
-    for name, lines in (split(chain("cuda"), cuda_packages) | cpu).items():
+    for name, lines in (split(chain("cuda"), cuda_packages, DROPPED) | cpu).items():
         (HERE / f"{name}.txt").write_text(HEADER.format(name=name) + "\n".join(lines) + "\n")
 
 
