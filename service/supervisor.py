@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
 from configparser import RawConfigParser
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
+
+import psutil
 
 _STOP_WAIT_S = 30
 _LOG_BYTES = 16 * 1024**2
@@ -87,20 +88,17 @@ class Supervisor:
         ]
 
     def shut_down(self) -> bool:
-        """Stops all processes and supervisord; returns False if it was not there.
+        """Stops all processes, then supervisord, and waits for its end; returns False if it was not there.
 
         Raises:
-            TimeoutError: it is still there after the time that its processes have to stop.
+            psutil.TimeoutExpired: it is still there after the time that its processes have to stop.
         """
         try:
+            supervisord = psutil.Process(self._server.getPID())
             self._server.shutdown()
-        except (OSError, HTTPException, xmlrpc.client.Error):
+        except (OSError, HTTPException, xmlrpc.client.Error, psutil.NoSuchProcess):
             return False
-        deadline = time.monotonic() + 2 * _STOP_WAIT_S
-        while self.processes():
-            if time.monotonic() > deadline:
-                raise TimeoutError("supervisord did not stop")
-            time.sleep(0.1)
+        supervisord.wait(2 * _STOP_WAIT_S)
         return True
 
     def _configuration(self, programs: Sequence[Program]) -> RawConfigParser:

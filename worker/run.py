@@ -114,7 +114,7 @@ class Trainer:
             except GateRejectedError as error:
                 self._fail(run, EditError(code="gate_rejected", message=str(error)))
             except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
-                log.error("run.failed", exc_info=error, extra={"run": run_id})
+                log.error("run.crashed", exc_info=error, extra={"run": run_id})
                 self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
 
     def _attempt(self, run: Run, lease: Lease) -> None:
@@ -196,6 +196,7 @@ class Trainer:
         log.info("run.cancelled", extra={"run": run.id, "shutting_down": not lease.cancelled})
 
     def _fail(self, run: Run, error: EditError) -> None:
+        log.error("run.failed", extra={"run": run.id, "code": error.code, "reason": error.message})
         self.stores.edits.unclaim(run.id, error=error)
         self.stores.runs.finish(run.id, RunStatus.FAILED, error=error)
         self.stores.edits.settle()
