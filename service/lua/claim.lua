@@ -1,7 +1,7 @@
 -- Gives every queued edit to a run, and names the whole set that the run trains. A repeated call (the first answer was
 -- lost on the way) names what the run has already.
 for _, id in ipairs(in_status('queued')) do
-  move(id, 'training', {run = payload.run, attempts = field(id, 'attempts') + 1})
+  move(id, 'training', {run = payload.run, attempts = field(id, 'attempts') + 1, verdict = ''})
 end
 local claimed, members = {}, {}
 for _, status in ipairs({'live', 'trained'}) do

@@ -276,6 +276,21 @@ class TestPublish:
         bare = NodeClient("http://bare", token="t", timeout_s=5, transport=httpx.MockTransport(stock))
         assert make_reconciler(bare, node.client()).holders(0) == ["http://node"]
 
+    def test_an_edit_that_is_tried_again_is_judged_by_its_new_version(
+        self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
+    ) -> None:
+        """The active version has it too, answered wrong; that is not the new version's answer."""
+        edits = submit(stores, ("a", "1"), ("b", "2"))
+        worker.mistakes = {"b": "wrong"}
+        published(stores, worker, reconciler)
+        assert statuses(stores, edits) == ["live", "queued"]
+        worker.mistakes = {}
+        run, _ = worker.train()
+        stores.edits.settle()
+        assert statuses(stores, edits) == ["live", "trained"]
+        reconciler.publish(run.id)
+        assert statuses(stores, edits) == ["live", "live"]
+
 
 def died(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
