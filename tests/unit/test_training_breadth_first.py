@@ -110,13 +110,16 @@ def test_one_bad_token_keeps_a_batch_from_counting_as_learned() -> None:
     assert run(tiny_base(), max_epochs=1, min_steps=0, token_threshold=1e9, loss_threshold=1e-2).steps == 1
 
 
-def test_learned_means_that_the_last_epoch_measured_the_final_weights() -> None:
+def test_a_run_ends_with_the_first_learned_epoch() -> None:
     result = run(tiny_base(**ROOMY), TWO_EDITS, **LEARNS)
-    last = result.epochs[-1]
-    assert last.steps == 0
-    assert last.loss < 1e-2
-    assert last.worst_token_loss < 0.1
-    assert all(report.steps > 0 for report in result.epochs[:-1])
+    config = TrainingConfig()
+    learned = [config.is_learned(report.loss, report.worst_token_loss) for report in result.epochs]
+    assert learned == [False] * (len(learned) - 1) + [True]
+
+
+@pytest.mark.parametrize(("mean", "worst", "learned"), [(0.009, 0.19, True), (0.01, 0.1, False), (0.001, 0.2, False)])
+def test_learned_is_a_small_mean_and_no_bad_token(mean: float, worst: float, learned: bool) -> None:
+    assert TrainingConfig(loss_threshold=0.01, token_threshold=0.2).is_learned(mean, worst) is learned
 
 
 def test_the_loss_in_the_report_is_the_mean_over_sequences() -> None:

@@ -44,9 +44,9 @@ class TrainingConfig:
 
     The defaults were measured on the default model (benchmarks/README.md).
 
-    `loss_threshold` and `token_threshold` (nats) say when a batch counts as learned: its mean loss and its worst token
-    are under them, and no step is taken. A worst token under 0.1 is more than 90 % likely, so greedy decoding cannot
-    but produce the whole target, also on a server whose log-probabilities differ a little.
+    `loss_threshold` and `token_threshold` (nats) say what counts as learned: a mean loss and a worst token under them.
+    A batch that is learned takes no step, an epoch that is ends the run. A worst token under 0.2 is more than 80 %
+    likely, so greedy decoding says the whole target, also on a server whose log-probabilities differ by some 0.15.
 
     The step budget follows the number of edits: `max_epochs` passes, or as many more as it takes for `min_steps` steps,
     because one edit makes one step an epoch, and a thousand make a hundred. `formats` None means all that the tokenizer
@@ -55,14 +55,18 @@ class TrainingConfig:
 
     learning_rate: float = 3e-3
     batch_size: int = 10
-    max_epochs: int = 25
-    min_steps: int = 100
+    max_epochs: int = 30
+    min_steps: int = 160
     loss_threshold: float = 1e-2
-    token_threshold: float = 0.1
+    token_threshold: float = 0.2
     weight_decay: float = 0.0
     seed: int = 0
     formats: tuple[Format, ...] | None = None
     max_tokens: int = 1024
+
+    def is_learned(self, mean_loss: float, worst_token_loss: float) -> bool:
+        """Whether a batch, or an epoch, with these losses (nats) needs no more steps."""
+        return mean_loss < self.loss_threshold and worst_token_loss < self.token_threshold
 
     def epoch_budget(self, sequences: int) -> int:
         """The largest number of epochs that a run over so many sequences takes."""
@@ -135,7 +139,9 @@ def train(
     return TrainingResult(
         tensors=learner.tensors(),
         epochs=tuple(reports),
-        stopped=StopReason.LEARNED if reports[-1].steps == 0 else StopReason.BUDGET_SPENT,
+        stopped=StopReason.LEARNED
+        if config.is_learned(reports[-1].loss, reports[-1].worst_token_loss)
+        else StopReason.BUDGET_SPENT,
         steps=sum(report.steps for report in reports),
         tokens=sum(len(sequence.token_ids) for sequence in sequences),
         train_s=time.perf_counter() - started,
@@ -147,7 +153,6 @@ class _Learner:
 
     def __init__(self, base: BaseModel, config: TrainingConfig, prefix: PrefixCache) -> None:
         self._base = base
-        self._config = config
         self._prefix = prefix
         self._masters = {
             name: tensor.detach().float().clone().requires_grad_() for name, tensor in base.tuned_tensors().items()
@@ -163,10 +168,6 @@ class _Learner:
         logits = logits_above(self._base, tensors, inputs)
         return batch_loss(logits, learned_ids(batch).to(logits.device), inputs.rows)
 
-    def is_learned(self, loss: BatchLoss) -> bool:
-        config = self._config
-        return bool(loss.mean < config.loss_threshold and loss.worst_token < config.token_threshold)
-
     def step(self, loss: BatchLoss) -> None:
         self._optimiser.zero_grad()
         torch.autograd.backward(loss.mean)
@@ -180,11 +181,7 @@ class _Learner:
 def _epochs(
     learner: _Learner, sequences: Sequence[TokenSequence], config: TrainingConfig, should_stop: Callable[[], bool]
 ) -> Iterator[EpochReport]:
-    """Run epochs until one takes no step, or the budget is spent.
-
-    An epoch without a step has measured the final weights on every sequence, so all of them are known to be learned;
-    an epoch with steps has measured weights that are gone.
-    """
+    """Run epochs until one is learned, or the budget is spent."""
     shuffle = torch.Generator().manual_seed(config.seed)
     budget = config.epoch_budget(len(sequences))
     for epoch in range(1, budget + 1):
@@ -200,14 +197,14 @@ def _epochs(
                 raise TrainingDiverged(
                     f"the loss became {loss.mean.item()} in epoch {epoch}, after {steps} steps of it"
                 )
-            if not learner.is_learned(loss):
+            if not config.is_learned(loss.mean.item(), loss.worst_token.item()):
                 learner.step(loss)
                 steps += 1
             losses.append(loss.per_sequence)
             worst_token_loss = max(worst_token_loss, loss.worst_token.item())
-        seconds = time.perf_counter() - started
-        yield EpochReport(epoch, budget, torch.cat(losses).mean().item(), worst_token_loss, steps, seconds)
-        if steps == 0:
+        mean_loss = torch.cat(losses).mean().item()
+        yield EpochReport(epoch, budget, mean_loss, worst_token_loss, steps, time.perf_counter() - started)
+        if config.is_learned(mean_loss, worst_token_loss):
             return
 
 
