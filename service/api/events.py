@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service.api.dependencies import PartsDep
@@ -21,15 +21,22 @@ router = APIRouter(tags=["events"], responses=_RESPONSES)
 _ID = r"^(\$|\d{1,19}(-\d{1,19})?)$"
 
 
-@router.get("/events", response_class=EventSourceResponse)
-async def events(
+def _start(
     parts: PartsDep,
     after: Annotated[
         str | None, Query(pattern=_ID, description="Start behind this id; `0` from the oldest kept")
     ] = None,
     last_event_id: Annotated[str | None, Header(pattern=_ID)] = None,
-) -> AsyncIterable[ServerSentEvent]:
+) -> str:
+    # Asks Redis in any case: once the stream has begun, a Redis that is away can no longer be a 503.
+    newest = parts.stores.events.newest_id()
+    given = last_event_id or after or NEWEST
+    return newest if given == NEWEST else given
+
+
+@router.get("/events", response_class=EventSourceResponse)
+async def events(parts: PartsDep, start: Annotated[str, Depends(_start)]) -> AsyncIterable[ServerSentEvent]:
     """Edits, runs, versions: each change as it happens. A client that reconnects goes on where it was."""
-    async for event in follow(parts.async_redis, last_event_id or after or NEWEST):
+    async for event in follow(parts.async_redis, start):
         if event:
             yield ServerSentEvent(id=event.id, event=event.type, data=event.data)

@@ -540,6 +540,8 @@ async def test_redis_away_is_a_503_in_the_same_shape(tmp_path: Path, settings: S
                 api.get("/versions"),
                 api.post("/v1/completions", json={"model": "errata", "prompt": "p"}),
                 api.get("/edits/edit_1/status?wait=5"),
+                api.get("/events"),
+                api.get("/events?after=0"),
             )
             for answer in answers:
                 assert_error(answer, 503, code="redis_unavailable")
