@@ -122,6 +122,7 @@ class NodeClient:
             message, code = detail["message"], str(detail.get("code") or "node_refused")
         except (ValueError, KeyError, TypeError):
             message, code = response.text[:200], "node_refused"
-        if response.status_code >= 500:
+        # An engine that cannot load a whole version will not load it at the next try either.
+        if response.status_code >= 500 and code != "load_failed":
             raise UnavailableError(f"node {self.address}: {message}", code="node_unavailable")
         raise NodeRefusedError(f"node {self.address}: {message}", code=code)

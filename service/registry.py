@@ -164,7 +164,7 @@ class VersionRegistry:
 
     def _bitmap(self, number: int) -> bytes:
         key = f"{self._keys.version_edits}{number}"
-        raw = self._redis.execute_command("GET", key, **{NEVER_DECODE: True})  # type: ignore[no-untyped-call]
+        raw = self._redis.execute_command("GET", key, **{NEVER_DECODE: True})
         return cast(bytes | None, raw) or b""
 
 
