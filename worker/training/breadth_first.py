@@ -42,7 +42,7 @@ class StopReason(StrEnum):
 class TrainingConfig:
     """Everything besides model, location and edits that a run's result depends on.
 
-    The defaults were measured on the default model (benchmarks/README.md).
+    The defaults were measured on the default model (benchmarks/results).
 
     `loss_threshold` and `token_threshold` (nats) say what counts as learned: a mean loss and a worst token under them.
     A batch that is learned takes no step, an epoch that is ends the run. A worst token under 0.2 is more than 80 %
