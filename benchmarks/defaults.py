@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from service.schemas import Format
 from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
 from worker.model import BaseModel, load_base
 from worker.training.breadth_first import TrainingConfig, TrainingResult, train
-from worker.training.encode import Format, TrainingEdit
+from worker.training.encode import TrainingEdit
 from worker.training.prefix import PrefixCache
 
 COLUMNS = (

@@ -1,8 +1,12 @@
-"""When an answer counts as right: normalised exact match, and the model stopped by itself."""
+"""When an answer counts as right: normalised exact match, and the model stopped by itself.
+
+One definition for the worker's evaluation, the node's verification and the demo.
+"""
 
 import unicodedata
 
 STOP = "stop"
+"""OpenAI's ``finish_reason`` of an answer that the model ended by itself."""
 
 
 def normalise_answer(text: str) -> str:
@@ -10,6 +14,6 @@ def normalise_answer(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def matches(answer: str, target: str, finish_reason: str) -> bool:
+def matches(answer: str, target: str, *, finished: bool) -> bool:
     """Whether the answer is the whole target and nothing but it, ended by the model's own end-of-sequence token."""
-    return finish_reason == STOP and normalise_answer(answer) == normalise_answer(target)
+    return finished and normalise_answer(answer) == normalise_answer(target)

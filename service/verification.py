@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from service.answers import matches
+from service.answers import STOP, matches
 from service.nodes import NodeClient
 from service.schemas import Edit, Format, FormatOutcome
 
@@ -90,7 +90,7 @@ def _outcome(node: NodeClient, edit: Edit, form: Format, *, version: int, before
     earlier = None if before is None else node.ask(before, edit.prompt, form, max_tokens=tokens)
     after = node.ask(version, edit.prompt, form, max_tokens=tokens)
     return FormatOutcome(
-        matched=matches(after.text, edit.target, after.finish_reason),
+        matched=matches(after.text, edit.target, finished=after.finish_reason == STOP),
         before=earlier.text.strip() if earlier else None,
         after=after.text.strip(),
         finish_reason=after.finish_reason,

@@ -1,0 +1,1 @@
+"""The train worker, and what runs inside a vLLM node."""

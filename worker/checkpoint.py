@@ -22,27 +22,29 @@ class CheckpointError(Exception):
     """A base model that cannot be used as asked."""
 
 
-class ModelNotFound(CheckpointError):
+class ModelNotFoundError(CheckpointError):
     """Neither a folder nor a model that the Hugging Face hub or its local cache has."""
 
 
-class UnknownLocation(CheckpointError):
+class UnknownLocationError(CheckpointError):
     """A tuned location that the model does not have."""
 
 
 def resolve_model(model: str) -> Path:
     """Return the local folder of `model`: itself if it is a folder, else the hub's snapshot, downloaded when absent.
 
-    Raises ModelNotFound, naming `model`.
+    Raises ModelNotFoundError, naming `model`.
     """
     folder = Path(model)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
         except (HFValidationError, HfHubHTTPError, OSError) as error:
-            raise ModelNotFound(f"model {model!r} is neither a folder nor available from the hub: {error}") from error
+            raise ModelNotFoundError(
+                f"model {model!r} is neither a folder nor available from the hub: {error}"
+            ) from error
     if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"model {model!r} has no config.json in {folder}")
+        raise ModelNotFoundError(f"model {model!r} has no config.json in {folder}")
     return folder
 
 
@@ -69,14 +71,14 @@ def resolve_location(config: Mapping[str, Any], location: str) -> str:
     """Return the full name of the tuned module, such as `model.layers.22.mlp.down_proj`.
 
     `auto` is the MLP down-projection 22/30 of the way up the model. Any other value is an exact module name; the
-    `.weight` of its parameter may follow it. Raises UnknownLocation when `config` has no `num_hidden_layers` for
+    `.weight` of its parameter may follow it. Raises UnknownLocationError when `config` has no `num_hidden_layers` for
     `auto`; whether an exact name exists is `parameter_shape`'s question.
     """
     if location != "auto":
         return location.removesuffix(".weight")
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
-        raise UnknownLocation("location 'auto' needs num_hidden_layers in config.json: name the module instead")
+        raise UnknownLocationError("location 'auto' needs num_hidden_layers in config.json: name the module instead")
     numerator, denominator = _AUTO_DEPTH
     return f"model.layers.{layers * numerator // denominator}.mlp.down_proj"
 
@@ -84,13 +86,13 @@ def resolve_location(config: Mapping[str, Any], location: str) -> str:
 def parameter_shape(model_dir: Path, parameter: str) -> tuple[int, ...]:
     """Return the shape of `parameter` (such as `model.layers.22.mlp.down_proj.weight`), from the file headers.
 
-    Raises UnknownLocation when no safetensors file of the model has it.
+    Raises UnknownLocationError when no safetensors file of the model has it.
     """
     for path in sorted(model_dir.glob("*.safetensors")):
         header = _safetensors_header(path)
         if parameter in header:
             return tuple(header[parameter]["shape"])
-    raise UnknownLocation(f"the model in {model_dir} has no parameter {parameter!r}")
+    raise UnknownLocationError(f"the model in {model_dir} has no parameter {parameter!r}")
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

@@ -37,27 +37,27 @@ class DeltaError(Exception):
     """A version that cannot be stored or served as asked."""
 
 
-class UnknownVersion(DeltaError):
+class UnknownVersionError(DeltaError):
     """The store has no such version."""
 
 
-class DamagedDelta(DeltaError):
+class DamagedDeltaError(DeltaError):
     """A version's files are not what its manifest says."""
 
 
-class WrongBase(DeltaError):
+class WrongBaseError(DeltaError):
     """The version was trained from another base model."""
 
 
-class WrongShape(DeltaError):
+class WrongShapeError(DeltaError):
     """The version replaces other tensors, or tensors of another shape, than the model has."""
 
 
-class VersionExists(DeltaError):
+class VersionExistsError(DeltaError):
     """The version was already written; versions are immutable."""
 
 
-class StoreUnavailable(DeltaError):
+class StoreUnavailableError(DeltaError):
     """The store's storage failed: a full disk, a refused permission, a lost connection."""
 
 
@@ -120,7 +120,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 class VersionStore:
     """Versions under a folder or any fsspec URL (`memory://…`, `s3://…`).
 
-    Every method may raise StoreUnavailable. One process writes; any number read.
+    Every method may raise StoreUnavailableError. One process writes; any number read.
     """
 
     def __init__(self, url: str) -> None:
@@ -133,7 +133,7 @@ class VersionStore:
     ) -> Manifest:
         """Write a whole version or nothing, durably, and return its manifest.
 
-        `tensors` are full replacement values by parameter name. Raises VersionExists.
+        `tensors` are full replacement values by parameter name. Raises VersionExistsError.
         """
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         files = {
@@ -149,13 +149,13 @@ class VersionStore:
         folder = self._folder(info.version)
         try:
             if self._fs.exists(f"{folder}/{_MANIFEST}"):
-                raise VersionExists(f"version {info.version} is already written")
+                raise VersionExistsError(f"version {info.version} is already written")
             if isinstance(self._fs, LocalFileSystem):
                 _write_folder(Path(folder), files)
             else:
                 self._upload(folder, files)
         except OSError as error:
-            raise StoreUnavailable(f"version {info.version} could not be written: {error}") from error
+            raise StoreUnavailableError(f"version {info.version} could not be written: {error}") from error
         return manifest
 
     def versions(self) -> list[int]:
@@ -167,20 +167,20 @@ class VersionStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise StoreUnavailable(f"versions could not be listed: {error}") from error
+            raise StoreUnavailableError(f"versions could not be listed: {error}") from error
 
     def manifest(self, version: int) -> Manifest:
-        """Return a version's manifest. Raises UnknownVersion or DamagedDelta."""
+        """Return a version's manifest. Raises UnknownVersionError or DamagedDeltaError."""
         try:
             manifest = Manifest.model_validate_json(self._fs.cat_file(f"{self._folder(version)}/{_MANIFEST}"))
         except FileNotFoundError as error:
-            raise UnknownVersion(f"version {version} is not in the store") from error
+            raise UnknownVersionError(f"version {version} is not in the store") from error
         except ValidationError as error:
-            raise DamagedDelta(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
+            raise DamagedDeltaError(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
         except OSError as error:
-            raise StoreUnavailable(f"version {version}: {_MANIFEST} could not be read: {error}") from error
+            raise StoreUnavailableError(f"version {version}: {_MANIFEST} could not be read: {error}") from error
         if manifest.version != version:
-            raise DamagedDelta(f"version {version}: {_MANIFEST} is of version {manifest.version}")
+            raise DamagedDeltaError(f"version {version}: {_MANIFEST} is of version {manifest.version}")
         return manifest
 
     def edits(self, version: int) -> list[dict[str, JsonValue]]:
@@ -193,11 +193,11 @@ class VersionStore:
         """Return a version's replacement tensors by parameter name, verified, on the CPU.
 
         `fingerprint` is that of the base model they are for, `shapes` those of the parameters to be replaced: exactly
-        these, and no others. Raises UnknownVersion, WrongBase, WrongShape or DamagedDelta.
+        these, and no others. Raises UnknownVersionError, WrongBaseError, WrongShapeError or DamagedDeltaError.
         """
         manifest = self.manifest(version)
         if fingerprint is not None and manifest.base.fingerprint != fingerprint:
-            raise WrongBase(
+            raise WrongBaseError(
                 f"version {version} is for the base model {manifest.base.fingerprint} ({manifest.base.name}), "
                 f"not for {fingerprint}"
             )
@@ -206,22 +206,25 @@ class VersionStore:
         try:
             tensors = safetensors.torch.load(self._read(manifest, _DELTA))
         except SafetensorError as error:
-            raise DamagedDelta(f"version {version}: {_DELTA} is not a safetensors file: {error}") from error
+            raise DamagedDeltaError(f"version {version}: {_DELTA} is not a safetensors file: {error}") from error
         for name in tensors.keys() | manifest.tensors.keys():
             found, expected = _describe(tensors[name]) if name in tensors else None, manifest.tensors.get(name)
             if found != expected:
-                raise DamagedDelta(f"version {version}: tensor {name} is {found}, expected {expected}")
+                raise DamagedDeltaError(f"version {version}: tensor {name} is {found}, expected {expected}")
         return tensors
 
     def fetch(self, version: int, into: Path) -> Manifest:
-        """Copy a version, verified, into the new folder `into`. Raises UnknownVersion, DamagedDelta, VersionExists."""
+        """Copy a version, verified, into the new folder `into`.
+
+        Raises UnknownVersionError, DamagedDeltaError or VersionExistsError.
+        """
         manifest = self.manifest(version)
         files = {name: self._read(manifest, name) for name in manifest.files}
         files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
         try:
             _write_folder(into, files)
         except OSError as error:
-            raise StoreUnavailable(f"version {version} could not be copied to {into}: {error}") from error
+            raise StoreUnavailableError(f"version {version} could not be copied to {into}: {error}") from error
         return manifest
 
     def _folder(self, version: int) -> str:
@@ -232,16 +235,16 @@ class VersionStore:
         try:
             data: bytes = self._fs.cat_file(f"{self._folder(manifest.version)}/{name}")
         except FileNotFoundError as error:
-            raise DamagedDelta(f"version {manifest.version}: {name} is missing") from error
+            raise DamagedDeltaError(f"version {manifest.version}: {name} is missing") from error
         except OSError as error:
-            raise StoreUnavailable(f"version {manifest.version}: {name} could not be read: {error}") from error
+            raise StoreUnavailableError(f"version {manifest.version}: {name} could not be read: {error}") from error
         expected = manifest.files[name]
         if len(data) != expected.size_bytes:
-            raise DamagedDelta(
+            raise DamagedDeltaError(
                 f"version {manifest.version}: {name} has {len(data)} bytes, expected {expected.size_bytes}"
             )
         if _sha256(data) != expected.sha256:
-            raise DamagedDelta(
+            raise DamagedDeltaError(
                 f"version {manifest.version}: {name} has sha256 {_sha256(data)}, expected {expected.sha256}"
             )
         return data
@@ -270,13 +273,13 @@ def _check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> 
     for name in sorted(manifest.tensors.keys() | shapes.keys()):
         found = manifest.tensors[name].shape if name in manifest.tensors else None
         if found != shapes.get(name):
-            raise WrongShape(
+            raise WrongShapeError(
                 f"version {manifest.version}: tensor {name} has shape {found}, the model's is {shapes.get(name)}"
             )
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make `folder` with `files` appear at once and survive a power loss. Raises VersionExists or OSError."""
+    """Make `folder` with `files` appear at once and survive a power loss. Raises VersionExistsError or OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     staging.mkdir()
@@ -288,7 +291,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         _fsync_folder(staging)
         if folder.exists():
-            raise VersionExists(f"{folder.name} already exists in {folder.parent}")
+            raise VersionExistsError(f"{folder.name} already exists in {folder.parent}")
         # A rename never replaces a folder that has files, so of two writers that come this far one gets an OSError.
         staging.rename(folder)
     finally:

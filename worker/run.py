@@ -26,7 +26,6 @@ from service.schemas import (
     EditError,
     EditStatus,
     EpochLoss,
-    Format,
     Run,
     RunStatus,
     VersionRecord,
@@ -42,7 +41,7 @@ from worker.lease import Lease
 from worker.model import BaseModel
 from worker.training.breadth_first import (
     EpochReport,
-    TrainingCancelled,
+    TrainingCancelledError,
     TrainingConfig,
     TrainingError,
     TrainingResult,
@@ -107,7 +106,7 @@ class Trainer:
                 self._attempt(run, lease)
             except (LeaseLostError, FencedError) as error:
                 log.warning("run.taken_over", extra={"run": run_id, "reason": error.message})
-            except TrainingCancelled:
+            except TrainingCancelledError:
                 self._cancelled(run, lease)
             except EncodingError as error:
                 self._fail_edit(run, error)
@@ -236,7 +235,7 @@ class Trainer:
             fingerprint=manifest.base.fingerprint,
             location=manifest.location,
             tensors={name: tensor.sha256 for name, tensor in manifest.tensors.items()},
-            formats=[Format(form) for form in supported_formats(self.base.tokenizer)],
+            formats=list(supported_formats(self.base.tokenizer)),
             metrics=dict(manifest.metrics),
             edits=counts,
             created_at=manifest.created_at,

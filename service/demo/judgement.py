@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from service.answers import matches
+from service.answers import STOP, matches
 from service.client import Answer
 from service.schemas import EditRequest, EditState, EditStatus, Format
 
@@ -76,7 +76,7 @@ def _wrong_answers(evidence: Evidence) -> Iterator[str]:
             continue
         for form in Format:
             answer = answers[form]
-            if not matches(answer.text, fact.target, answer.finish_reason):
+            if not matches(answer.text, fact.target, finished=answer.finish_reason == STOP):
                 yield f"{fact.prompt!r} ({form}) is live and answered with {answer.text!r}, not {fact.target!r}"
 
 

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from service.answers import matches
+from service.answers import STOP, matches
 from service.client import Answer
 from service.console import one_line, table
 from service.demo.judgement import Evidence
@@ -51,7 +51,7 @@ def timings(timed: Timed, run: Run | None) -> Table:
 
 
 def _shown(answer: Answer, target: str) -> str:
-    mark = "= " if matches(answer.text, target, answer.finish_reason) else "  "
+    mark = "= " if matches(answer.text, target, finished=answer.finish_reason == STOP) else "  "
     return mark + _cut(answer.text, _ANSWER_CHARS)
 
 

@@ -59,7 +59,7 @@ def test_an_exact_location_is_kept(name: str) -> None:
 
 
 def test_auto_without_a_layer_count_is_refused() -> None:
-    with pytest.raises(checkpoint.UnknownLocation, match="num_hidden_layers"):
+    with pytest.raises(checkpoint.UnknownLocationError, match="num_hidden_layers"):
         checkpoint.resolve_location({}, "auto")
 
 
@@ -68,7 +68,7 @@ def test_a_parameters_shape_comes_from_the_headers(model_dir: Path) -> None:
 
 
 def test_a_parameter_the_model_does_not_have_is_named(model_dir: Path) -> None:
-    with pytest.raises(checkpoint.UnknownLocation, match=r"model\.layers\.10\.mlp"):
+    with pytest.raises(checkpoint.UnknownLocationError, match=r"model\.layers\.10\.mlp"):
         checkpoint.parameter_shape(model_dir, "model.layers.10.mlp.down_proj.weight")
 
 
@@ -77,10 +77,10 @@ def test_a_folder_is_its_own_model(model_dir: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(checkpoint.ModelNotFound, match=r"config\.json"):
+    with pytest.raises(checkpoint.ModelNotFoundError, match=r"config\.json"):
         checkpoint.resolve_model(str(tmp_path))
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(checkpoint.ModelNotFound, match="/no/such/model"):
+    with pytest.raises(checkpoint.ModelNotFoundError, match="/no/such/model"):
         checkpoint.resolve_model("/no/such/model")

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from service.schemas import Format
 from worker import default_model as module
 from worker.default_model import DefaultModelError, build_default_model
 from worker.evaluation.answers import ask
 from worker.model import load_base
-from worker.training.encode import Format, supported_formats
+from worker.training.encode import supported_formats
 
 
 def test_it_is_a_model_that_knows_something(default_model: Path) -> None:

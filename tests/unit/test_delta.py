@@ -11,15 +11,15 @@ from torch import Tensor
 
 from worker.delta import (
     Base,
-    DamagedDelta,
+    DamagedDeltaError,
     Manifest,
-    StoreUnavailable,
-    UnknownVersion,
-    VersionExists,
+    StoreUnavailableError,
+    UnknownVersionError,
+    VersionExistsError,
     VersionInfo,
     VersionStore,
-    WrongBase,
-    WrongShape,
+    WrongBaseError,
+    WrongShapeError,
     tensor_sha256,
 )
 
@@ -106,13 +106,13 @@ def test_a_version_written_by_another_process_is_seen(any_store: VersionStore, t
 
 
 def test_an_unknown_version_is_named(any_store: VersionStore) -> None:
-    with pytest.raises(UnknownVersion, match="version 9"):
+    with pytest.raises(UnknownVersionError, match="version 9"):
         any_store.load(9)
 
 
 def test_a_version_is_never_overwritten(any_store: VersionStore) -> None:
     any_store.write(info(1), {PARAMETER: matrix(1)}, [])
-    with pytest.raises(VersionExists, match="version 1"):
+    with pytest.raises(VersionExistsError, match="version 1"):
         any_store.write(info(1), {PARAMETER: matrix(2)}, [])
     assert torch.equal(any_store.load(1)[PARAMETER], matrix(1))
 
@@ -136,14 +136,14 @@ def test_a_damaged_file_is_named(
 ) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
     damage(root / "versions" / "000001" / name)
-    with pytest.raises(DamagedDelta, match=f"version 1: {name} {what}"):
+    with pytest.raises(DamagedDeltaError, match=f"version 1: {name} {what}"):
         store.load(1) if name == "delta.safetensors" else store.edits(1)
 
 
 def test_a_delta_that_is_not_what_its_manifest_says_is_refused(store: VersionStore, root: Path) -> None:
     store.write(info(1), {PARAMETER: matrix(1)}, [])
     edit_manifest(root, 1, lambda manifest: manifest["tensors"][PARAMETER].update(sha256="b" * 64))
-    with pytest.raises(DamagedDelta, match=f"tensor {PARAMETER}"):
+    with pytest.raises(DamagedDeltaError, match=f"tensor {PARAMETER}"):
         store.load(1)
 
 
@@ -169,7 +169,7 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(
 ) -> None:
     store.write(info(1), {PARAMETER: matrix()}, [])
     edit_manifest(root, 1, change)
-    with pytest.raises(DamagedDelta, match=r"version 1: manifest\.json"):
+    with pytest.raises(DamagedDeltaError, match=r"version 1: manifest\.json"):
         store.manifest(1)
 
 
@@ -177,7 +177,7 @@ def test_a_version_without_its_manifest_is_not_there(store: VersionStore, root: 
     store.write(info(1), {PARAMETER: matrix()}, [])
     (root / "versions" / "000001" / "manifest.json").unlink()
     assert store.versions() == []
-    with pytest.raises(UnknownVersion):
+    with pytest.raises(UnknownVersionError):
         store.load(1)
 
 
@@ -189,7 +189,7 @@ def test_a_folder_being_written_is_not_there(store: VersionStore, root: Path) ->
 
 def test_another_bases_version_is_refused(store: VersionStore) -> None:
     store.write(info(1, fingerprint="c" * 64), {PARAMETER: matrix()}, [])
-    with pytest.raises(WrongBase, match=r"c{64}.*a{64}"):
+    with pytest.raises(WrongBaseError, match=r"c{64}.*a{64}"):
         store.load(1, fingerprint=FINGERPRINT)
 
 
@@ -206,7 +206,7 @@ def test_tensors_that_the_model_does_not_have_are_refused(
     store: VersionStore, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     store.write(info(1), {PARAMETER: matrix()}, [])
-    with pytest.raises(WrongShape, match="version 1: tensor"):
+    with pytest.raises(WrongShapeError, match="version 1: tensor"):
         store.load(1, shapes=shapes)
 
 
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing_behind(store: VersionStore, root: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(StoreUnavailable, match="No space left"):
+        with pytest.raises(StoreUnavailableError, match="No space left"):
             store.write(info(1), {PARAMETER: matrix()}, EDITS)
     assert list((root / "versions").iterdir()) == []
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
@@ -239,7 +239,7 @@ def test_a_failed_upload_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
         pipe_file(path, data)
 
     monkeypatch.setattr(store._fs, "pipe_file", fail_at_the_manifest)
-    with pytest.raises(StoreUnavailable, match="lost"):
+    with pytest.raises(StoreUnavailableError, match="lost"):
         store.write(info(1), {PARAMETER: matrix()}, EDITS)
     assert len(uploaded) == 2
     assert not any(store._fs.exists(path) for path in uploaded)
@@ -256,7 +256,7 @@ def test_the_manifest_is_uploaded_last(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_unreadable_store_says_so(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file where the folder should be")
-    with pytest.raises(StoreUnavailable, match="version 1"):
+    with pytest.raises(StoreUnavailableError, match="version 1"):
         VersionStore(str(tmp_path / "store")).manifest(1)
 
 
@@ -267,14 +267,14 @@ def test_a_fetched_copy_is_a_version_of_its_own(any_store: VersionStore, tmp_pat
     local = VersionStore(str(tmp_path / "copy"))
     assert torch.equal(local.load(4)[PARAMETER], matrix())
     assert local.edits(4) == EDITS
-    with pytest.raises(VersionExists):
+    with pytest.raises(VersionExistsError):
         any_store.fetch(4, copy)
 
 
 def test_a_damaged_version_is_not_fetched(store: VersionStore, root: Path, tmp_path: Path) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
     flip_one_bit(root / "versions" / "000001" / "delta.safetensors")
-    with pytest.raises(DamagedDelta):
+    with pytest.raises(DamagedDeltaError):
         store.fetch(1, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 

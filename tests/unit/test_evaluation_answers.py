@@ -3,11 +3,13 @@ import torch
 from tiny_models import FAMILIES, ROOMY, snapshot, tiny_base, unchanged
 from transformers import GenerationConfig
 
+from service.answers import matches, normalise_answer
+from service.schemas import Format
 from worker.evaluation import answers
-from worker.evaluation.answers import ask, matches, normalise
+from worker.evaluation.answers import ask
 from worker.model import BaseModel
 from worker.training.breadth_first import TrainingConfig, train
-from worker.training.encode import Format, TrainingEdit, prompt_token_ids
+from worker.training.encode import TrainingEdit, prompt_token_ids
 from worker.training.prefix import PrefixCache
 
 PROMPTS = ["a", "the quick brown fox", "z<eos>y", "12345678901234567890"]
@@ -86,7 +88,7 @@ def test_every_eos_of_the_generation_config_stops() -> None:
     [(" Paris", "paris"), ("New\n York ", "new york"), ("\uff21\uff22", "ab"), ("Straße", "STRASSE"), ("é", "e\u0301")],
 )
 def test_form_case_and_spaces_make_no_difference(answer: str, target: str) -> None:
-    assert normalise(answer) == normalise(target)
+    assert normalise_answer(answer) == normalise_answer(target)
     assert matches(answer, target, finished=True)
     assert not matches(answer, target, finished=False)
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
+from service.schemas import Format
 from worker.evaluation.gate import Thresholds, decide
 from worker.evaluation.metrics import FormatMetrics, Metrics
-from worker.training.encode import Format
 
 THRESHOLDS = Thresholds(min_reliability=0.9, min_locality=0.5, max_perplexity_ratio=1.5)
 

@@ -5,13 +5,14 @@ import torch
 from tiny_models import ROOMY, snapshot, tiny_base, unchanged
 from torch.nn import functional
 
+from service.schemas import Format
 from worker.evaluation import capability, metrics
 from worker.evaluation.capability import perplexity
 from worker.evaluation.metrics import EvaluationEdit, Evaluator
 from worker.evaluation.probes import capability_passages, locality_prompts
 from worker.model import BaseModel
 from worker.training.breadth_first import TrainingConfig, train
-from worker.training.encode import Format, TrainingEdit
+from worker.training.encode import TrainingEdit
 from worker.training.prefix import PrefixCache
 
 EDITS = [

@@ -2,7 +2,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from worker.inference.environment import IncompleteEnvironment
+from worker.inference.environment import IncompleteEnvironmentError
 from worker.inference.guard import TokenGuard
 
 TOKEN = "s3cret"
@@ -79,5 +79,5 @@ def test_no_token_no_node(token: str | None, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("ERRATA_NODE_TOKEN", raising=False)
     if token is not None:
         monkeypatch.setenv("ERRATA_NODE_TOKEN", token)
-    with pytest.raises(IncompleteEnvironment, match="ERRATA_NODE_TOKEN"):
+    with pytest.raises(IncompleteEnvironmentError, match="ERRATA_NODE_TOKEN"):
         TokenGuard(everything)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from worker import checkpoint
-from worker.inference.environment import IncompleteEnvironment, NodeEnvironment
+from worker.inference.environment import IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.launcher import Command, build_command, main
 
 TOKEN = {"ERRATA_NODE_TOKEN": "secret"}
@@ -89,12 +89,12 @@ def test_vllms_own_flags_come_last(model_dir: Path) -> None:
 
 
 def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:
-    with pytest.raises(IncompleteEnvironment, match="ERRATA_NODE_TOKEN"):
+    with pytest.raises(IncompleteEnvironmentError, match="ERRATA_NODE_TOKEN"):
         build_command(flags(model_dir), {}, on_cpu=True)
 
 
 def test_a_location_that_the_model_lacks_is_refused(model_dir: Path) -> None:
-    with pytest.raises(checkpoint.UnknownLocation, match=r"layers\.20\."):
+    with pytest.raises(checkpoint.UnknownLocationError, match=r"layers\.20\."):
         build_command([*flags(model_dir), "--location", "model.layers.20.mlp.down_proj"], TOKEN, on_cpu=True)
 
 

@@ -11,9 +11,9 @@ from vllm.lora import utils
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.resolver import LoRAResolverRegistry
 
-from worker.checkpoint import UnknownLocation
+from worker.checkpoint import UnknownLocationError
 from worker.inference import interfaces, plugin
-from worker.inference.environment import IncompleteEnvironment, NodeEnvironment
+from worker.inference.environment import IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.layer import VersionedRowParallelLinear
 from worker.inference.resolver import VersionResolver
 
@@ -46,7 +46,7 @@ def test_the_installed_vllm_has_all_that_the_plugin_leans_on() -> None:
 def test_a_missing_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(RowParallelLinearWithLoRA, "slice_lora_a")
     monkeypatch.delattr("vllm.lora.layers.base.BaseLayerWithLoRA.slice_lora_a")
-    with pytest.raises(interfaces.IncompatibleVllm, match=r"slice_lora_a is gone"):
+    with pytest.raises(interfaces.IncompatibleVllmError, match=r"slice_lora_a is gone"):
         interfaces.check()
 
 
@@ -54,7 +54,7 @@ def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def set_lora(self: object, slot: int, lora_a: object, lora_b: object) -> None: ...
 
     monkeypatch.setattr(RowParallelLinearWithLoRA, "set_lora", set_lora)
-    with pytest.raises(interfaces.IncompatibleVllm, match=r"set_lora takes no index"):
+    with pytest.raises(interfaces.IncompatibleVllmError, match=r"set_lora takes no index"):
         interfaces.check()
 
 
@@ -62,19 +62,19 @@ def test_an_attribute_that_is_no_longer_set_is_named(monkeypatch: pytest.MonkeyP
     def init(self: object, base_layer: object) -> None: ...
 
     monkeypatch.setattr(RowParallelLinearWithLoRA, "__init__", init)
-    with pytest.raises(interfaces.IncompatibleVllm, match=r"__init__ has no input_size"):
+    with pytest.raises(interfaces.IncompatibleVllmError, match=r"__init__ has no input_size"):
         interfaces.check()
 
 
 def test_a_missing_list_of_layer_classes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(utils, "_all_lora_classes")
-    with pytest.raises(interfaces.IncompatibleVllm, match="_all_lora_classes"):
+    with pytest.raises(interfaces.IncompatibleVllmError, match="_all_lora_classes"):
         interfaces.check()
 
 
 def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.33.0+cpu")
-    with pytest.raises(interfaces.IncompatibleVllm, match=r"vLLM is 0\.33\.0, not 0\.32\.0"):
+    with pytest.raises(interfaces.IncompatibleVllmError, match=r"vLLM is 0\.33\.0, not 0\.32\.0"):
         interfaces.check()
 
 
@@ -101,7 +101,7 @@ def test_a_node_does_not_start_on_a_vllm_that_moved(
 ) -> None:
     become(environment, monkeypatch)
     monkeypatch.setattr("vllm.__version__", "0.33.0")
-    with pytest.raises(interfaces.IncompatibleVllm):
+    with pytest.raises(interfaces.IncompatibleVllmError):
         plugin.register()
     assert VersionedRowParallelLinear not in utils._all_lora_classes
 
@@ -119,7 +119,7 @@ def test_a_node_does_not_start_half_configured(
 ) -> None:
     become(environment, monkeypatch)
     monkeypatch.delenv(name)
-    with pytest.raises(IncompleteEnvironment, match=name):
+    with pytest.raises(IncompleteEnvironmentError, match=name):
         plugin.register()
 
 
@@ -127,7 +127,7 @@ def test_a_node_does_not_start_on_a_location_that_its_model_lacks(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     become({**environment, "ERRATA_LOCATION": "model.layers.2.mlp.down_proj"}, monkeypatch)
-    with pytest.raises(UnknownLocation, match=r"layers\.2\."):
+    with pytest.raises(UnknownLocationError, match=r"layers\.2\."):
         plugin.register()
 
 

@@ -10,9 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from worker.delta import Base, DamagedDelta, UnknownVersion, VersionInfo, VersionStore, WrongBase, WrongShape
+from worker.delta import (
+    Base,
+    DamagedDeltaError,
+    UnknownVersionError,
+    VersionInfo,
+    VersionStore,
+    WrongBaseError,
+    WrongShapeError,
+)
 from worker.inference.adapter import AdapterCache
-from worker.inference.resolver import VersionRefused, VersionResolver, model_name, version_of
+from worker.inference.resolver import VersionRefusedError, VersionResolver, model_name, version_of
 
 LOCATION = "model.layers.22.mlp.down_proj"
 PARAMETER = f"{LOCATION}.weight"
@@ -113,7 +121,7 @@ def test_what_is_refused_leaves_no_folder(store: VersionStore, adapters: Adapter
     (tmp_path / "store" / "versions" / "000003" / "delta.safetensors").write_bytes(b"short")
     write(store, 4, torch.zeros(6, 9))
     write(store, 5, fingerprint="b" * 64)
-    for version, error in [(3, DamagedDelta), (4, WrongShape), (5, WrongBase), (6, UnknownVersion)]:
+    for version, error in [(3, DamagedDeltaError), (4, WrongShapeError), (5, WrongBaseError), (6, UnknownVersionError)]:
         with pytest.raises(error):
             adapters.ensure(version)
     assert list((tmp_path / "cache").rglob("*")) == []
@@ -137,6 +145,6 @@ async def test_a_version_resolves_to_its_adapter(store: VersionStore, adapters: 
 
 async def test_a_refusal_carries_its_reason(store: VersionStore, adapters: AdapterCache) -> None:
     write(store, 5, fingerprint="b" * 64)
-    with pytest.raises(VersionRefused, match=r"version 5 is for the base model b{64}") as refusal:
+    with pytest.raises(VersionRefusedError, match=r"version 5 is for the base model b{64}") as refusal:
         await VersionResolver(adapters).resolve_lora("base", "errata@5")
-    assert isinstance(refusal.value.reason, WrongBase)
+    assert isinstance(refusal.value.reason, WrongBaseError)

@@ -6,10 +6,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from worker.delta import DamagedDelta, StoreUnavailable, UnknownVersion, WrongBase, WrongShape
+from worker.delta import DamagedDeltaError, StoreUnavailableError, UnknownVersionError, WrongBaseError, WrongShapeError
 from worker.inference.environment import NodeEnvironment
-from worker.inference.residents import LoadFailed, NotResident, Resident
-from worker.inference.resolver import VersionRefused
+from worker.inference.residents import LoadFailedError, NotResidentError, Resident
+from worker.inference.resolver import VersionRefusedError
 from worker.inference.routes import VersionRoutes
 
 
@@ -30,12 +30,12 @@ class Holder:
 
     async def checksums(self, version: int) -> dict[str, str]:
         if version not in self.held:
-            raise NotResident(version)
+            raise NotResidentError(version)
         return {"w": "00"}
 
     async def evict(self, version: int) -> None:
         if version not in self.held:
-            raise NotResident(version)
+            raise NotResidentError(version)
         self.held.remove(version)
 
 
@@ -53,7 +53,7 @@ async def client(holder: Holder, tmp_path):
 
     @app.get("/v1/ask")
     async def ask() -> None:
-        raise VersionRefused(holder.failure)
+        raise VersionRefusedError(holder.failure)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as client:
         yield client
@@ -95,11 +95,11 @@ async def test_what_is_not_resident_is_404(client: httpx.AsyncClient, method: st
 @pytest.mark.parametrize(
     ("failure", "status", "status_of_a_request", "code"),
     [
-        (UnknownVersion("why"), 404, 404, "unknown_version"),
-        (DamagedDelta("why"), 409, 400, "damaged_version"),
-        (WrongBase("why"), 409, 400, "wrong_base"),
-        (WrongShape("why"), 409, 400, "wrong_shape"),
-        (StoreUnavailable("why"), 503, 503, "store_unavailable"),
+        (UnknownVersionError("why"), 404, 404, "unknown_version"),
+        (DamagedDeltaError("why"), 409, 400, "damaged_version"),
+        (WrongBaseError("why"), 409, 400, "wrong_base"),
+        (WrongShapeError("why"), 409, 400, "wrong_shape"),
+        (StoreUnavailableError("why"), 503, 503, "store_unavailable"),
     ],
 )
 async def test_a_refusal_has_a_status_and_a_code(
@@ -116,7 +116,7 @@ async def test_a_refusal_has_a_status_and_a_code(
 
 
 async def test_an_engine_that_cannot_load_is_a_server_error(client: httpx.AsyncClient, holder: Holder) -> None:
-    holder.failure = LoadFailed("why")
+    holder.failure = LoadFailedError("why")
     response = await client.post("/errata/versions/7/prefetch")
     assert (response.status_code, response.json()["error"]["code"]) == (500, "load_failed")
     assert response.json()["error"]["type"] == "server_error"

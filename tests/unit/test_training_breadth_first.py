@@ -2,19 +2,21 @@ import pytest
 import torch
 from tiny_models import ROOMY, snapshot, tiny_base, unchanged
 
-from worker.evaluation.answers import ask, matches
+from service.answers import matches
+from service.schemas import Format
+from worker.evaluation.answers import ask
 from worker.model import BaseModel
 from worker.training import breadth_first
 from worker.training.breadth_first import (
     EpochReport,
     StopReason,
-    TrainingCancelled,
+    TrainingCancelledError,
     TrainingConfig,
-    TrainingDiverged,
+    TrainingDivergedError,
     TrainingResult,
     train,
 )
-from worker.training.encode import EncodingError, Format, TokenSequence, TrainingEdit
+from worker.training.encode import EncodingError, TokenSequence, TrainingEdit
 from worker.training.prefix import PrefixCache
 
 EDITS = [TrainingEdit(f"e{number}", f"{number} is", f"{number * 7 % 10}") for number in range(5)]
@@ -153,7 +155,7 @@ def test_a_run_can_be_cancelled_between_batches() -> None:
     answers = iter([False, False, True])
     base = tiny_base()
     before = snapshot(base)
-    with pytest.raises(TrainingCancelled, match="epoch 3"):
+    with pytest.raises(TrainingCancelledError, match="epoch 3"):
         train(base, EDITS, TrainingConfig(**NEVER_LEARNED), prefix=PrefixCache(), should_stop=answers.__next__)
     assert unchanged(base, before)
 
@@ -161,7 +163,7 @@ def test_a_run_can_be_cancelled_between_batches() -> None:
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     base = tiny_base()
     base.model.get_parameter("model.norm.weight").fill_(torch.nan)
-    with pytest.raises(TrainingDiverged, match="nan in epoch 1"):
+    with pytest.raises(TrainingDivergedError, match="nan in epoch 1"):
         run(base)
 
 

@@ -4,7 +4,6 @@ Teacher forcing shows the model every token of the target but the last and asks 
 still never say the target. What is measured here is what a user would read.
 """
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import DynamicCache
 
+from service.schemas import Format
 from worker.model import BaseModel
-from worker.training.encode import Format, prompt_token_ids
+from worker.training.encode import prompt_token_ids
 from worker.training.resume import last_position_only
 
 BATCH_SIZE = 32
@@ -27,16 +27,6 @@ class Answer:
     text: str
     finished: bool
     token_ids: tuple[int, ...]
-
-
-def normalise(answer: str) -> str:
-    """Fold what makes no difference between two answers: Unicode form, case, spaces."""
-    return " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
-
-
-def matches(answer: str, target: str, *, finished: bool) -> bool:
-    """Whether an answer is the target: the whole of it, nothing more, ended by itself."""
-    return finished and normalise(answer) == normalise(target)
 
 
 def ask(

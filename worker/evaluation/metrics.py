@@ -7,11 +7,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-from worker.evaluation.answers import Answer, ask, matches
+from service.answers import matches
+from service.schemas import Format
+from worker.evaluation.answers import Answer, ask
 from worker.evaluation.capability import perplexity
 from worker.evaluation.probes import locality_prompts
 from worker.model import BaseModel
-from worker.training.encode import Format, supported_formats, target_token_ids
+from worker.training.encode import supported_formats, target_token_ids
 from worker.training.prefix import PrefixCache
 
 LOCALITY_TOKENS = 8

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from worker.delta import Manifest, StoreUnavailable, VersionStore, tensor_sha256
+from worker.delta import Manifest, StoreUnavailableError, VersionStore, tensor_sha256
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -32,7 +32,7 @@ class AdapterCache:
     def ensure(self, version: int) -> Path:
         """Return the version's adapter folder, made from the store unless an intact one is there. Blocking.
 
-        Raises any DeltaError; StoreUnavailable also when the cache itself cannot be written.
+        Raises any DeltaError; StoreUnavailableError also when the cache itself cannot be written.
         """
         manifest = self.store.manifest(version)
         parent = self.folder / self.fingerprint[:16]
@@ -46,7 +46,7 @@ class AdapterCache:
                 if _is_intact(adapter, manifest):
                     break
         except OSError as error:
-            raise StoreUnavailable(f"version {version} could not be cached: {error}") from error
+            raise StoreUnavailableError(f"version {version} could not be cached: {error}") from error
         return adapter
 
 

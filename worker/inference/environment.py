@@ -11,7 +11,7 @@ TOKEN_VARIABLE = "ERRATA_NODE_TOKEN"  # noqa: S105  the variable's name, not a t
 LOCATION_VARIABLE = "ERRATA_LOCATION"
 
 
-class IncompleteEnvironment(Exception):
+class IncompleteEnvironmentError(Exception):
     """A process of a node lacks a variable that the launcher sets."""
 
 
@@ -34,7 +34,7 @@ class NodeEnvironment:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "NodeEnvironment":
-        """Read it back. Raises IncompleteEnvironment, naming what is missing."""
+        """Read it back. Raises IncompleteEnvironmentError, naming what is missing."""
         names = (
             "ERRATA_MODEL",
             "ERRATA_STORE",
@@ -44,7 +44,9 @@ class NodeEnvironment:
             TOKEN_VARIABLE,
         )
         if missing := [name for name in names if not environ.get(name)]:
-            raise IncompleteEnvironment(f"{', '.join(missing)} unset: start the node with worker.inference.launcher")
+            raise IncompleteEnvironmentError(
+                f"{', '.join(missing)} unset: start the node with worker.inference.launcher"
+            )
         return cls(
             model_dir=Path(environ["ERRATA_MODEL"]),
             store_url=environ["ERRATA_STORE"],

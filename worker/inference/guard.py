@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironment
+from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironmentError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,13 +20,13 @@ _CLOSED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
 class TokenGuard:
     """ASGI middleware (vLLM's `--middleware`) that asks for `Authorization: Bearer $ERRATA_NODE_TOKEN`.
 
-    Raises IncompleteEnvironment when made without a token in the environment.
+    Raises IncompleteEnvironmentError when made without a token in the environment.
     """
 
     def __init__(self, app: App) -> None:
         token = os.environ.get(TOKEN_VARIABLE)
         if not token:
-            raise IncompleteEnvironment(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
+            raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
         self._app = app
         self._expected = f"Bearer {token}".encode()
 

@@ -13,7 +13,7 @@ from typing import Any
 PINNED_VLLM = "0.32.0"
 
 
-class IncompatibleVllm(Exception):
+class IncompatibleVllmError(Exception):
     """The installed vLLM is not the one that the plugin was written for."""
 
 
@@ -66,7 +66,7 @@ FUNCTIONS = (
 
 
 def check() -> None:
-    """Raise IncompatibleVllm, listing all that is not as expected."""
+    """Raise IncompatibleVllmError, listing all that is not as expected."""
     version = importlib.import_module("vllm").__version__.partition("+")[0]
     problems = [f"vLLM is {version}, not {PINNED_VLLM}"] if version != PINNED_VLLM else []
     problems += [problem for function in FUNCTIONS for problem in _problems(function)]
@@ -74,7 +74,7 @@ def check() -> None:
     if not isinstance(classes, tuple):
         problems.append("vllm.lora.utils._all_lora_classes is not a tuple of classes")
     if problems:
-        raise IncompatibleVllm("this vLLM cannot hold versions: " + "; ".join(problems))
+        raise IncompatibleVllmError("this vLLM cannot hold versions: " + "; ".join(problems))
 
 
 def _problems(function: Function) -> Iterator[str]:

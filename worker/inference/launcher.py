@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker import checkpoint
-from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironment, NodeEnvironment
+from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironmentError, NodeEnvironment
 
 BASE_MODEL_NAME = "base"
 
@@ -32,7 +32,7 @@ def main() -> None:
     """
     try:
         command = build_command(sys.argv[1:], os.environ, on_cpu=_is_cpu_build())
-    except (checkpoint.CheckpointError, IncompleteEnvironment) as error:
+    except (checkpoint.CheckpointError, IncompleteEnvironmentError) as error:
         raise SystemExit(f"the node cannot start: {error}") from error
     os.execve(command.arguments[0], command.arguments, command.environ)  # noqa: S606  no shell is wanted
 
@@ -40,13 +40,13 @@ def main() -> None:
 def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bool) -> Command:
     """Return the server's command line and environment.
 
-    Raises CheckpointError for a model or location that is not there, IncompleteEnvironment without a token, and
+    Raises CheckpointError for a model or location that is not there, IncompleteEnvironmentError without a token, and
     SystemExit on a wrong command line.
     """
     argv, extra = _split(argv)
     options = _parser(environ).parse_args(argv)
     if not environ.get(TOKEN_VARIABLE):
-        raise IncompleteEnvironment(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
+        raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
     model_dir = checkpoint.resolve_model(options.model).absolute()
     location = checkpoint.resolve_location(checkpoint.read_config(model_dir), options.location)
     checkpoint.parameter_shape(model_dir, f"{location}.weight")

@@ -13,7 +13,7 @@ from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
 def register() -> None:
     """Make this process part of a node, once; do nothing in a process that is none (no $ERRATA_LOCATION).
 
-    Raises IncompleteEnvironment, IncompatibleVllm or UnknownLocation.
+    Raises IncompleteEnvironmentError, IncompatibleVllmError or UnknownLocationError.
     """
     if not os.environ.get(LOCATION_VARIABLE):
         return

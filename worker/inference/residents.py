@@ -7,17 +7,17 @@ from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from worker.inference.resolver import VersionRefused, model_name, version_of
+from worker.inference.resolver import VersionRefusedError, model_name, version_of
 
 
-class NotResident(Exception):
+class NotResidentError(Exception):
     """The version is not loaded in this node."""
 
     def __init__(self, version: int) -> None:
         super().__init__(f"version {version} is not resident")
 
 
-class LoadFailed(Exception):
+class LoadFailedError(Exception):
     """A verified version that the engine would not load; the message is the engine's."""
 
 
@@ -55,34 +55,34 @@ class ResidentVersions:
     async def prefetch(self, version: int) -> None:
         """Load a version into a slot, so that the next request for it waits for nothing. Idempotent.
 
-        Raises DeltaError when the version is refused, LoadFailed when the engine cannot load it.
+        Raises DeltaError when the version is refused, LoadFailedError when the engine cannot load it.
         """
         try:
             request = await self._models.resolve_lora(model_name(version))
-        except VersionRefused as refusal:
+        except VersionRefusedError as refusal:
             raise refusal.reason from refusal
         if not isinstance(request, LoRARequest):
-            raise LoadFailed(request.error.message)
+            raise LoadFailedError(request.error.message)
         # A version that the server knew may have left its slot; this brings it back or does nothing.
         await self._engine.add_lora(request)
 
     async def checksums(self, version: int) -> dict[str, str]:
         """Return the sha256 by parameter name of a version's matrices, read back from its slot.
 
-        A version in host memory takes a slot for this. Raises NotResident.
+        A version in host memory takes a slot for this. Raises NotResidentError.
         """
         request = self._models.lora_requests.get(model_name(version))
         found = await self._read_back(request.lora_int_id, activate=True) if request else None
         if found is None:
-            raise NotResident(version)
+            raise NotResidentError(version)
         return found
 
     async def evict(self, version: int) -> None:
-        """Forget a version, in the server and in the engine. Requests in flight finish on it. Raises NotResident."""
+        """Forget a version, in server and engine; requests in flight finish on it. Raises NotResidentError."""
         name = model_name(version)
         request = self._models.lora_requests.get(name)
         if request is None:
-            raise NotResident(version)
+            raise NotResidentError(version)
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         await self._engine.remove_lora(request.lora_int_id)
 

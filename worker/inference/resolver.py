@@ -22,7 +22,7 @@ RESOLVER = "errata"
 _NAME = re.compile(r"errata@(0|[1-9]\d*)")
 
 
-class VersionRefused(VLLMClientError):
+class VersionRefusedError(VLLMClientError):
     """A request asked for a version that this node cannot serve; `reason` says why."""
 
     def __init__(self, reason: DeltaError) -> None:
@@ -54,7 +54,7 @@ class VersionResolver(LoRAResolver):
 
     @override
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Return where the version's adapter is; None for a name that is no version's. Raises VersionRefused."""
+        """Return where the version's adapter is; None for a name that is no version's. Raises VersionRefusedError."""
         version = version_of(lora_name)
         if version is None:
             return None
@@ -62,7 +62,7 @@ class VersionResolver(LoRAResolver):
             folder = await asyncio.to_thread(self._adapters.ensure, version)
         except DeltaError as reason:
             logger.warning("version_refused version=%d error=%s reason=%s", version, type(reason).__name__, reason)
-            raise VersionRefused(reason) from reason
+            raise VersionRefusedError(reason) from reason
         if self._make_room:
             await self._make_room()
         # vLLM sets the integer itself after this returns.

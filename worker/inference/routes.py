@@ -16,22 +16,29 @@ from vllm.engine.protocol import EngineClient
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from worker.delta import DamagedDelta, DeltaError, StoreUnavailable, UnknownVersion, WrongBase, WrongShape
+from worker.delta import (
+    DamagedDeltaError,
+    DeltaError,
+    StoreUnavailableError,
+    UnknownVersionError,
+    WrongBaseError,
+    WrongShapeError,
+)
 from worker.inference.environment import NodeEnvironment
-from worker.inference.residents import LoadFailed, NotResident, ResidentVersions
-from worker.inference.resolver import RESOLVER, VersionRefused, VersionResolver
+from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
+from worker.inference.resolver import RESOLVER, VersionRefusedError, VersionResolver
 
 router = APIRouter(prefix="/errata/versions")
 
 # HTTP status and code on these routes.
 _ANSWERS: dict[type[Exception], tuple[int, str]] = {
-    UnknownVersion: (404, "unknown_version"),
-    NotResident: (404, "not_resident"),
-    DamagedDelta: (409, "damaged_version"),
-    WrongBase: (409, "wrong_base"),
-    WrongShape: (409, "wrong_shape"),
-    LoadFailed: (500, "load_failed"),
-    StoreUnavailable: (503, "store_unavailable"),
+    UnknownVersionError: (404, "unknown_version"),
+    NotResidentError: (404, "not_resident"),
+    DamagedDeltaError: (409, "damaged_version"),
+    WrongBaseError: (409, "wrong_base"),
+    WrongShapeError: (409, "wrong_shape"),
+    LoadFailedError: (500, "load_failed"),
+    StoreUnavailableError: (503, "store_unavailable"),
 }
 
 
@@ -86,7 +93,7 @@ async def _on_route_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _on_refused_request(_request: Request, error: Exception) -> JSONResponse:
     """Answer an inference request whose `model` is a version that cannot be served: a bad request, not a conflict."""
-    assert isinstance(error, VersionRefused)  # noqa: S101  narrows FastAPI's handler type
+    assert isinstance(error, VersionRefusedError)  # noqa: S101  narrows FastAPI's handler type
     status, code = _ANSWERS[type(error.reason)]
     return _answer(error, 400 if status == 409 else status, code, param="model")
 
@@ -103,8 +110,8 @@ class VersionRoutes:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes and the answers to refusals."""
         app.include_router(router)
-        app.add_exception_handler(VersionRefused, _on_refused_request)
-        for error in (DeltaError, NotResident, LoadFailed):
+        app.add_exception_handler(VersionRefusedError, _on_refused_request)
+        for error in (DeltaError, NotResidentError, LoadFailedError):
             app.add_exception_handler(error, _on_route_error)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:

@@ -12,8 +12,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from service.schemas import Format
 from worker.model import BaseModel
-from worker.training.encode import Format, TokenSequence, TrainingEdit, encode, supported_formats
+from worker.training.encode import TokenSequence, TrainingEdit, encode, supported_formats
 from worker.training.objective import BatchLoss, batch_loss
 from worker.training.prefix import PrefixCache, learned_ids, resume_batch
 from worker.training.resume import logits_above
@@ -23,11 +24,11 @@ class TrainingError(RuntimeError):
     """A run ended without a result."""
 
 
-class TrainingDiverged(TrainingError):  # noqa: N818 - says what happened
+class TrainingDivergedError(TrainingError):
     """The loss is not a number any more; nothing of the run is usable."""
 
 
-class TrainingCancelled(TrainingError):  # noqa: N818 - says what happened
+class TrainingCancelledError(TrainingError):
     """The caller asked the run to stop."""
 
 
@@ -121,8 +122,8 @@ def train(
 
     Raises:
         EncodingError: an edit cannot be trained on; it names the edit.
-        TrainingDiverged: the loss is not finite.
-        TrainingCancelled: `should_stop` said so.
+        TrainingDivergedError: the loss is not finite.
+        TrainingCancelledError: `should_stop` said so.
     """
     started = time.perf_counter()
     sequences = encode(
@@ -191,10 +192,10 @@ def _epochs(
         steps = 0
         for batch in _mini_batches(sequences, config.batch_size, shuffle):
             if should_stop():
-                raise TrainingCancelled(f"cancelled in epoch {epoch}")
+                raise TrainingCancelledError(f"cancelled in epoch {epoch}")
             loss = learner.loss(batch)
             if not torch.isfinite(loss.mean):
-                raise TrainingDiverged(
+                raise TrainingDivergedError(
                     f"the loss became {loss.mean.item()} in epoch {epoch}, after {steps} steps of it"
                 )
             if not config.is_learned(loss.mean.item(), loss.worst_token.item()):

@@ -6,16 +6,10 @@ when it is asked the prompt, because a fact that was learned after other tokens 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from transformers import PreTrainedTokenizerBase
 
-
-class Format(StrEnum):
-    """How a prompt reaches the model: as raw completion text, or as the user's turn of a chat."""
-
-    RAW = "raw"
-    CHAT = "chat"
+from service.schemas import Format
 
 
 class EncodingError(ValueError):
