@@ -65,8 +65,8 @@ class Settings(BaseModel):
     gate_min_reliability: float = Field(
         default=0.9, ge=0, le=1, description="Least share of the evaluated edits learned"
     )
-    gate_min_locality: float = Field(default=0.5, ge=0, le=1, description="Least share of unrelated answers unchanged")
-    gate_max_perplexity_ratio: float = Field(default=1.5, gt=0, description="Most perplexity, as a ratio to the base's")
+    gate_min_locality: float = Field(default=0.0, ge=0, le=1, description="Least share of unrelated answers unchanged")
+    gate_max_perplexity_ratio: float = Field(default=2.0, gt=0, description="Most perplexity, as a ratio to the base's")
     verify_min_new: float = Field(
         default=0.5, ge=0, le=1, description="Least share of a version's new edits that a node must answer right"
     )

@@ -36,6 +36,7 @@ def load(**_: Any) -> None:
     try:
         trainer = _trainer(stores)
         trainer.register_base()
+        trainer.evaluator.prepare()
     except (CheckpointError, ValueError, OSError, DeltaError) as error:
         # Celery logs what a signal's receiver raises and goes on; a worker without a model must not.
         log.error("worker.not_started", extra={"reason": str(error)})

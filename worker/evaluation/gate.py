@@ -7,15 +7,14 @@ from worker.evaluation.metrics import Metrics
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least that a version must reach; defaults from the default model's measurements (benchmarks/results).
+    """The least that a version must reach. Shares are from 0 to 1.
 
-    Shares are from 0 to 1. Generalization has no threshold: edits need not have rephrases. Locality has none by
-    default: plain fine-tuning of 20 edits leaves 2 to 13 % of the unrelated answers as they were, token for token.
+    Generalization has no threshold: edits need not have rephrases.
     """
 
-    min_reliability: float = 0.95
-    min_locality: float = 0.0
-    max_perplexity_ratio: float = 1.5
+    min_reliability: float
+    min_locality: float
+    max_perplexity_ratio: float
 
 
 @dataclass(frozen=True)

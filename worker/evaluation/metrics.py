@@ -80,6 +80,10 @@ class Evaluator:
         self._prefix = prefix
         self._formats = supported_formats(base.tokenizer)
 
+    def prepare(self) -> None:
+        """Find out what the base itself says, so that the first evaluation is as quick as the next."""
+        _ = self._base_beginnings, self._base_perplexity
+
     def evaluate(
         self,
         edits: Sequence[EvaluationEdit],
