@@ -170,6 +170,8 @@ class Stack:
             programs.append(_node(node_port, self._home / "node-cache"))
         say(f"starting {', '.join(sorted(program.name for program in programs))} under {self._home}")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
+        # Trainer and node share the cores: a thread that spins while it waits takes them from the other (record 0009).
+        inherited.setdefault("OMP_WAIT_POLICY", "passive")
         environment = {**inherited, **record.environment, **_settings_only(kept)}
         return record, self._supervisor(record).start(programs, environment)
 
