@@ -44,9 +44,9 @@ class Supervisor:
     port: int
     password: str
 
-    @property
-    def _server(self) -> Any:
-        return xmlrpc.client.ServerProxy(f"http://errata:{self.password}@127.0.0.1:{self.port}/RPC2").supervisor
+    def _call(self, method: str) -> Any:
+        with xmlrpc.client.ServerProxy(f"http://errata:{self.password}@127.0.0.1:{self.port}/RPC2") as server:
+            return getattr(server.supervisor, method)()
 
     def log_file(self, name: str) -> Path:
         """Where a process writes."""
@@ -73,7 +73,7 @@ class Supervisor:
     def processes(self) -> list[Process]:
         """The processes, or none if supervisord is not there."""
         try:
-            rows = cast(list[dict[str, Any]], self._server.getAllProcessInfo())
+            rows = cast(list[dict[str, Any]], self._call("getAllProcessInfo"))
         except (OSError, HTTPException, xmlrpc.client.Error):
             return []
         return [
@@ -94,8 +94,8 @@ class Supervisor:
             psutil.TimeoutExpired: it is still there after the time that its processes have to stop.
         """
         try:
-            supervisord = psutil.Process(self._server.getPID())
-            self._server.shutdown()
+            supervisord = psutil.Process(self._call("getPID"))
+            self._call("shutdown")
         except (OSError, HTTPException, xmlrpc.client.Error, psutil.NoSuchProcess):
             return False
         supervisord.wait(2 * _STOP_WAIT_S)
