@@ -5,7 +5,7 @@ MAKEFLAGS += --no-print-directory
 bin := .venv/bin
 announce = @printf '\n== %s\n'
 
-.PHONY: .venv demo test lint unit integration e2e generated clean
+.PHONY: .venv demo test lint unit integration e2e gpu generated clean
 
 # Phony, because a time stamp cannot tell a whole environment from half of one; the script can, in a moment.
 .venv:
@@ -14,7 +14,7 @@ announce = @printf '\n== %s\n'
 demo: .venv
 	@$(bin)/errata demo
 
-test: lint unit integration e2e
+test: lint unit integration e2e gpu
 
 lint: .venv
 	$(announce) 'ruff: rules'
@@ -30,7 +30,7 @@ lint: .venv
 	$(announce) 'hadolint: Dockerfiles'
 	@$(bin)/hadolint docker/*.Dockerfile
 
-unit integration e2e: .venv
+unit integration e2e gpu: .venv
 	$(announce) 'pytest: $@'
 	@$(bin)/python -m pytest tests/$@
 

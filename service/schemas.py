@@ -194,6 +194,7 @@ class VersionRecord(Schema):
     location: str
     tensors: dict[str, str] = Field(description="SHA-256 of each tuned tensor")
     formats: list[Format] = Field(description="The formats that its edits were trained in")
+    training: dict[str, Any] = Field(default={}, description="Seed, configuration, epochs and libraries of its run")
     metrics: dict[str, Any]
     edits: EditCounts
     reason: str | None = Field(default=None, description="Why it was rejected")

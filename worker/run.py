@@ -236,6 +236,7 @@ class Trainer:
             location=manifest.location,
             tensors={name: tensor.sha256 for name, tensor in manifest.tensors.items()},
             formats=list(supported_formats(self.base.tokenizer)),
+            training=dict(manifest.run),
             metrics=dict(manifest.metrics),
             edits=counts,
             created_at=manifest.created_at,
