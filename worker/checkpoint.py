@@ -12,10 +12,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-# Layer 22 of the default model's 30: late enough that the frozen layers below, whose outputs are cached, hold most of
-# the cost, early enough that rephrasings of a prompt still meet in the same direction. Other depths of other models
-# are set by naming the module.
-_AUTO_DEPTH = (22, 30)
+# Layer 24 of the default model's 30: of the depths measured (benchmarks/results/defaults.md) the one that generalizes
+# best among those that learn within the step budget. Other depths of other models are set by naming the module.
+_AUTO_DEPTH = (24, 30)
 
 
 class CheckpointError(Exception):
@@ -68,9 +67,9 @@ def fingerprint(model_dir: Path) -> str:
 
 
 def resolve_location(config: Mapping[str, Any], location: str) -> str:
-    """Return the full name of the tuned module, such as `model.layers.22.mlp.down_proj`.
+    """Return the full name of the tuned module, such as `model.layers.24.mlp.down_proj`.
 
-    `auto` is the MLP down-projection 22/30 of the way up the model. Any other value is an exact module name; the
+    `auto` is the MLP down-projection 24/30 of the way up the model. Any other value is an exact module name; the
     `.weight` of its parameter may follow it. Raises UnknownLocationError when `config` has no `num_hidden_layers` for
     `auto`; whether an exact name exists is `parameter_shape`'s question.
     """

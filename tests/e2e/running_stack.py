@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.settings import Settings
@@ -17,13 +18,15 @@ class RunningStack:
     """A stack and how to reach it."""
 
     home: Path
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the environment that it is started with."""
 
     def errata(self, *words: str, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
         """Runs the command line against this home."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
         return subprocess.run(
             [str(Path(sys.executable).with_name("errata")), *words],
-            env={**environment, "ERRATA_HOME": str(self.home), "ERRATA_PORT": "0"},
+            env={**environment, "ERRATA_HOME": str(self.home), "ERRATA_PORT": "0", **self.settings},
             capture_output=True,
             text=True,
             timeout=timeout_s,

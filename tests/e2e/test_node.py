@@ -324,7 +324,7 @@ def test_a_node_outlives_its_cache_folder(node: Node) -> None:
 def test_the_node_says_what_it_is(node: Node) -> None:
     answer = node.client.get("/errata/versions").json()
     assert answer["fingerprint"] == checkpoint.fingerprint(node.model_dir)
-    assert answer["location"] == "model.layers.22.mlp.down_proj"
+    assert answer["location"] == "model.layers.24.mlp.down_proj"
     assert answer["slots"] == SLOTS
 
 

