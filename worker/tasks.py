@@ -3,9 +3,11 @@
 import logging
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 from celery.signals import worker_init, worker_shutting_down
+from redis.exceptions import RedisError
 
 from service.logs import configure_logging
 from service.queue import TRAIN, TaskQueue, create_celery
@@ -38,8 +40,11 @@ def load(**_: Any) -> None:
         trainer.register_base()
         trainer.evaluator.prepare()
     except (CheckpointError, ValueError, OSError, DeltaError) as error:
-        # Celery logs what a signal's receiver raises and goes on; a worker without a model must not.
         log.error("worker.not_started", extra={"reason": str(error)})
+        raise SystemExit(1) from error
+    except Exception as error:
+        # Celery logs what a signal's receiver raises and goes on; a worker without a model would only lose messages.
+        log.exception("worker.not_started")
         raise SystemExit(1) from error
     _trainers.append(trainer)
     threading.Thread(target=_beat, args=(stores,), name="heartbeat", daemon=True).start()
@@ -77,4 +82,9 @@ def _trainer(stores: Stores) -> Trainer:
 def _beat(stores: Stores) -> None:
     name = socket.gethostname()
     while not _stopping.wait(_HEARTBEAT_S):
-        stores.runs.beat(name)
+        try:
+            stores.runs.beat(name)
+        except RedisError as error:
+            log.warning("worker.not_heard", extra={"reason": repr(error)})
+    with suppress(RedisError):
+        stores.runs.leave(name)

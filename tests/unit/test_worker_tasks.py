@@ -1,0 +1,46 @@
+"""The train worker's shell: what it says of itself, and that it never stays without a model."""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module; it takes over the root logger when it is imported."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    module = importlib.import_module("worker.tasks")
+    monkeypatch.setattr(module, "_HEARTBEAT_S", 0.001)
+    yield module
+    module._stopping.clear()
+    root.handlers[:], root.level = handlers, level
+
+
+def test_the_heartbeat_outlives_a_redis_that_is_away(tasks: ModuleType) -> None:
+    heard: list[str] = []
+
+    def beat(_: str) -> None:
+        heard.append("beat")
+        if len(heard) == 1:
+            raise RedisConnectionError
+        tasks._stopping.set()
+
+    runs = SimpleNamespace(beat=beat, leave=lambda _: heard.append("left"))
+    tasks._beat(SimpleNamespace(runs=runs))
+    assert heard == ["beat", "beat", "left"]
+
+
+@pytest.mark.parametrize("error", [RedisConnectionError("loading"), RuntimeError("out of memory"), OSError("no file")])
+def test_a_worker_that_cannot_load_ends(error: Exception, tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tasks.Stores, "connect", lambda _: None)
+    monkeypatch.setattr(tasks, "_trainer", fail)
+    with pytest.raises(SystemExit):
+        tasks.load()
