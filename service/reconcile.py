@@ -45,6 +45,7 @@ class Reconciler:
         self._queue = queue
         self._settings = settings
         self._clock = clock
+        self._seen_ready: set[str] = set()
 
     def ready_nodes(self) -> list[NodeClient]:
         """The nodes that serve now."""
@@ -175,6 +176,9 @@ class Reconciler:
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return
+        if self._stores.runs.get(run.id).status is not RunStatus.VERIFYING:
+            # The lock expired in a long verification, and another publisher has ended the run.
+            return
         for edit_id, outcomes in verdict.outcomes.items():
             edits.record_verification(edit_id, outcomes)
         self._stores.runs.add_timing(run.id, "load", loaded - began)
@@ -211,6 +215,7 @@ class Reconciler:
             older=sample(older, settings.verify_sample, seed=version),
             formats=registry.get(version).formats,
             demand=Demand(settings.verify_min_new, settings.verify_min_kept),
+            max_tokens=settings.edit_max_tokens,
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
@@ -235,16 +240,25 @@ class Reconciler:
             list(pool.map(lambda node: node.prefetch(version), nodes))
 
     def _heal_nodes(self) -> None:
+        ready = self.ready_nodes()
+        self._tell_of_nodes({node.address for node in ready})
         active = self._stores.registry.active()
         if active is None:
             return
-        for node in self.ready_nodes():
+        for node in ready:
             try:
                 if active.active not in node.resident():
                     node.prefetch(active.active)
                     log.info("node.healed", extra={"node": node.address, "version": active.active})
             except (NodeRefusedError, UnavailableError) as error:
                 log.error("node.not_healed", extra={"node": node.address, "reason": error.message})
+
+    def _tell_of_nodes(self, ready: set[str]) -> None:
+        came, went = ready - self._seen_ready, self._seen_ready - ready
+        for kind, addresses in (("node.ready", came), ("node.away", went)):
+            for address in sorted(addresses):
+                self._stores.events.append(kind, {"address": address})
+        self._seen_ready = ready
 
     def _take_over_lost_run(self) -> None:
         run = self._stores.runs.current()

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from redis import Redis
 
-from service.errors import ConflictError, NotFoundError
+from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import RunKeys, all_keys
 from service.lua import Script
 from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
@@ -127,12 +127,13 @@ class RunStore:
         """Newest first, after the given id.
 
         Raises:
-            NotFoundError: ``after`` is no run's id.
+            InvalidRequestError: ``after`` is no run's id.
         """
         top = "+inf"
         if after is not None:
-            self.get(after)
-            top = f"({self._redis.zscore(self._keys.runs, after)}"
+            if (score := self._redis.zscore(self._keys.runs, after)) is None:
+                raise InvalidRequestError(f"no run {after!r}", param="after", code="run_not_found")
+            top = f"({score}"
         ids = cast(list[str], self._redis.zrevrangebyscore(self._keys.runs, top, "-inf", start=0, num=limit + 1))
         return Page[Run](data=[self.get(run_id) for run_id in ids[:limit]], has_more=len(ids) > limit)
 

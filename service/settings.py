@@ -89,6 +89,20 @@ class Settings(BaseModel):
             return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("nodes")
+    @classmethod
+    def _nodes_are_urls(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        for node in nodes:
+            _demand_scheme(node, "http://", "https://")
+        return nodes
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_is_a_url(cls, url: str) -> str:
+        if url:
+            _demand_scheme(url, "redis://", "rediss://")
+        return url
+
     @model_validator(mode="after")
     def _edit_fits_node(self) -> Self:
         # The chat template's own tokens and the answer must fit beside the edit.
@@ -121,3 +135,9 @@ class Settings(BaseModel):
     def store_url(self) -> str:
         """The version store's directory or URL."""
         return self.store or str(self.home.absolute() / "versions")
+
+
+def _demand_scheme(url: str, *schemes: str) -> None:
+    # A URL may carry a password: it is not repeated.
+    if not url.startswith(schemes):
+        raise ValueError(f"must begin with {' or '.join(schemes)}")

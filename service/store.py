@@ -16,6 +16,7 @@ from redis import Redis
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys, all_keys
 from service.lua import Script
+from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
 
 TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
@@ -233,8 +234,16 @@ class EditStore:
         return self.get(edit_id)
 
     def claim(self, run: str) -> Claim:
-        """Gives every queued edit to a run; returns the whole set that it trains, oldest first."""
+        """Gives every queued edit to a run; returns the whole set that it trains, oldest first.
+
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        # Whoever moved the pointer may not have settled yet; what it rolled back must not be claimed as live.
+        self.settle()
         answer = self._claim({"run": run})
+        if answer.get("lost"):
+            raise LeaseLostError(f"run {run} was taken over")
         return Claim(self.get_many(answer["members"]), answer["claimed"])
 
     def trained(self, run: str, version: int) -> list[str]:

@@ -12,7 +12,6 @@ from service.schemas import Edit, Format, FormatOutcome
 _CONCURRENCY = 16
 # Room for a wrong answer to show itself; a right one has at most one token for each byte, and its end.
 _SPARE_TOKENS = 8
-_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ def verify(
     older: Sequence[Edit],
     formats: Sequence[Format],
     demand: Demand,
+    max_tokens: int,
 ) -> Verdict:
     """Asks the new edits at both versions and the older ones at the candidate, greedily.
 
@@ -61,6 +61,7 @@ def verify(
         older: edits that were live before and must still be.
         formats: the formats trained.
         demand: what suffices.
+        max_tokens: length that no target exceeds.
 
     Raises:
         UnavailableError: the node stopped answering.
@@ -68,7 +69,8 @@ def verify(
     """
 
     def outcomes_of(edit: Edit, before: int | None) -> dict[Format, FormatOutcome]:
-        return {form: _outcome(node, edit, form, version=version, before=before) for form in formats}
+        tokens = min(max_tokens, len(edit.target.encode())) + _SPARE_TOKENS
+        return {form: _outcome(node, edit, form, tokens, version=version, before=before) for form in formats}
 
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         of_new = list(pool.map(lambda edit: outcomes_of(edit, active), new))
@@ -85,8 +87,9 @@ def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
     return random.Random(seed).sample(list(edits), min(size, len(edits)))  # noqa: S311 - not a secret
 
 
-def _outcome(node: NodeClient, edit: Edit, form: Format, *, version: int, before: int | None) -> FormatOutcome:
-    tokens = min(_MAX_TOKENS, len(edit.target.encode()) + _SPARE_TOKENS)
+def _outcome(
+    node: NodeClient, edit: Edit, form: Format, tokens: int, *, version: int, before: int | None
+) -> FormatOutcome:
     earlier = None if before is None else node.ask(before, edit.prompt, form, max_tokens=tokens)
     after = node.ask(version, edit.prompt, form, max_tokens=tokens)
     return FormatOutcome(

@@ -136,6 +136,8 @@ class Trainer:
         decision = decide(metrics, gate)
         if not decision.passed:
             raise GateRejectedError("; ".join(decision.reasons))
+        if lease.cancelled:
+            raise TrainingCancelledError("cancelled while it was evaluated")
         with self._phase(run, "commit"):
             self._commit(run, claim, config, result, metrics)
 

@@ -36,7 +36,7 @@ def _start(
 
 @router.get("/events", response_class=EventSourceResponse)
 async def events(parts: PartsDep, start: Annotated[str, Depends(_start)]) -> AsyncIterable[ServerSentEvent]:
-    """Edits, runs, versions: each change as it happens. A client that reconnects goes on where it was."""
+    """Edits, runs, versions, nodes: each change as it happens. A client that reconnects goes on where it was."""
     async for event in follow(parts.async_redis, start):
         if event:
             yield ServerSentEvent(id=event.id, event=event.type, data=event.data)

@@ -37,7 +37,8 @@ class Proxy:
                 # A stream is passed on as it comes, so it must not be compressed.
                 headers={**authorization(token), "Accept-Encoding": "identity"},
                 timeout=httpx.Timeout(timeout_s, connect=2.0, pool=None),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                # A node closes a connection that idles for 5 s; a request that meets the close would be lost.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
                 transport=transport,
             )
             for address in addresses

@@ -8,8 +8,13 @@ if once ~= cjson.null and once then
   end
 end
 
-local ids = {}
+-- A repeated call (the first answer was lost on the way) finds its edits there, perhaps claimed by now.
+local ids, new = {}, {}
 for _, edit in ipairs(payload.edits) do
+  ids[#ids + 1] = edit.id
+  if redis.call('EXISTS', keys.edit .. edit.id) == 0 then new[#new + 1] = edit end
+end
+for _, edit in ipairs(new) do
   local seq = redis.call('INCR', keys.seq)
   redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record,
     'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now)
@@ -18,7 +23,6 @@ for _, edit in ipairs(payload.edits) do
   emit('edit.queued', {id = edit.id, status = 'queued'})
   supersede_others(edit.id)
   redis.call('SADD', keys.prompt .. edit.prompt_key, edit.id)
-  ids[#ids + 1] = edit.id
 end
 redis.call('DEL', keys.hold)
 

@@ -1,5 +1,6 @@
 """Reconciler between a real Redis, scripted nodes and a scripted worker: users get only what was verified."""
 
+import json
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from service.settings import Settings
 from service.stores import Stores
 
 MakeReconciler = Callable[..., Reconciler]
+STOPPED = {"finish_reason": "stop"}
 
 
 def submit(stores: Stores, *facts: tuple[str, str]) -> list[Edit]:
@@ -381,6 +383,48 @@ class TestRollback:
         assert active(stores) == 0
         assert statuses(stores, edits) == ["held"]
 
+    def test_a_publisher_that_another_has_overtaken_decides_nothing(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        """Its lock expired in a long verification; the other found every answer right, and this one none."""
+        edits = submit(stores, ("a", "1"))
+        run, version = worker.train()
+        other = make_reconciler(node.client())
+        begun = False
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            nonlocal begun
+            if request.url.path.startswith("/v1/"):
+                if not begun:
+                    begun = True
+                    stores.redis.delete("errata:lock:publish")
+                    other.publish(run.id)
+                return httpx.Response(200, json={"choices": [{"text": "", "message": {"content": ""}, **STOPPED}]})
+            return node.handle(request)
+
+        transport = httpx.MockTransport(handle)
+        make_reconciler(NodeClient("http://node", token="t", timeout_s=5, transport=transport)).publish(run.id)
+        assert run_of(stores, run).status is RunStatus.SUCCEEDED
+        assert statuses(stores, edits) == ["live"]
+        assert stores.registry.get(version).state is VersionState.VERIFIED
+
+    def test_a_target_of_many_tokens_has_room_for_its_end(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        submit(stores, ("a", "word " * 300))
+        run, _ = worker.train()
+        asked: list[int] = []
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            if request.url.path.startswith("/v1/"):
+                asked.append(json.loads(request.content)["max_tokens"])
+            return node.handle(request)
+
+        transport = httpx.MockTransport(handle)
+        client = NodeClient("http://node", token="t", timeout_s=5, transport=transport)
+        make_reconciler(client, edit_max_tokens=400).publish(run.id)
+        assert min(asked) > 400
+
     def test_what_cannot_be_activated(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
     ) -> None:
@@ -466,6 +510,16 @@ class TestTick:
         away.ready = True
         reconciler.tick()
         assert active(stores) in away.resident
+
+    def test_the_stream_tells_which_nodes_come_and_go(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        for ready in (True, True, False, False, True):
+            node.ready = ready
+            reconciler.tick()
+        events = [fields for _, fields in stores.redis.xrange("errata:events") if fields["type"].startswith("node.")]
+        assert [event["type"] for event in events] == ["node.ready", "node.away", "node.ready"]
+        assert json.loads(events[0]["data"]) == {"address": "http://node"}
 
 
 class TestTriggers:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from scripted_worker import ScriptedWorker, fact
 
-from service.errors import ConflictError, NotFoundError
+from service.errors import ConflictError, InvalidRequestError
 from service.runs import LeaseLostError
 from service.schemas import EditError, EpochLoss, Run, RunStatus, Trigger
 from service.settings import Settings
@@ -155,7 +155,7 @@ def test_pages_are_newest_first(stores: Stores) -> None:
     assert ([run.id for run in page.data], page.has_more) == (ids[:1:-1], True)
     page = stores.runs.page(after=ids[2], limit=3)
     assert ([run.id for run in page.data], page.has_more) == (ids[1::-1], False)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(InvalidRequestError):
         stores.runs.page(after="run_nowhere", limit=3)
 
 

@@ -12,7 +12,17 @@ from scripted_worker import ScriptedWorker, fact
 
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys
-from service.schemas import EditError, EditRequest, EditStatus, Format, FormatOutcome, VersionState
+from service.runs import LeaseLostError
+from service.schemas import (
+    EditError,
+    EditRequest,
+    EditStatus,
+    Format,
+    FormatOutcome,
+    RunStatus,
+    Trigger,
+    VersionState,
+)
 from service.settings import Settings
 from service.store import TRANSITIONS, Idempotency
 from service.stores import Stores
@@ -181,6 +191,41 @@ def test_a_claim_whose_answer_was_lost_may_be_repeated(stores: Stores) -> None:
     assert first.claimed == second.claimed == [edit.id]
     assert [member.id for member in second.members] == [edit.id]
     assert stores.edits.get(edit.id).attempts == 1
+
+
+def test_a_run_that_was_taken_over_claims_nothing(stores: Stores, worker: ScriptedWorker) -> None:
+    [edit] = stores.edits.submit([fact("a", "1")])
+    run = stores.runs.start(stores.runs.request(Trigger.IMMEDIATE)[0].id)
+    assert run is not None
+    stores.runs.finish(run.id, RunStatus.FAILED)
+    with pytest.raises(LeaseLostError):
+        stores.edits.claim(run.id)
+    assert status_of(stores, edit.id) is EditStatus.QUEUED
+
+
+def test_a_claim_right_behind_a_rollback_leaves_out_what_it_took_back(stores: Stores, worker: ScriptedWorker) -> None:
+    """Who moved the pointer died before it settled."""
+    [held] = stores.edits.submit([fact("a", "1")])
+    publish(stores, worker)
+    [new] = stores.edits.submit([fact("b", "2")])
+    stores.registry.activate(0)
+    _, members = worker.begin()
+    assert [edit.id for edit in members] == [new.id]
+    assert status_of(stores, held.id) is EditStatus.HELD
+
+
+def test_a_submission_whose_answer_was_lost_may_be_repeated(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the connection does by itself; meanwhile a run claimed the first."""
+    monkeypatch.setattr("service.store.secrets.token_hex", lambda _: next(ids))
+    ids = iter(["1", "2"])
+    first = stores.edits.submit([fact("a", "1"), fact("a", "2")])
+    stores.edits.claim("run_1")
+    ids = iter(["1", "2"])
+    second = stores.edits.submit([fact("a", "1"), fact("a", "2")])
+    assert [edit.id for edit in second] == [edit.id for edit in first]
+    assert [edit.status for edit in second] == [EditStatus.SUPERSEDED, EditStatus.TRAINING]
+    counts = {status: count for status, count in stores.edits.counts().items() if count}
+    assert counts == {EditStatus.SUPERSEDED: 1, EditStatus.TRAINING: 1}
 
 
 def test_unclaim_counts_attempts_and_fails_at_the_last(stores: Stores, settings: Settings) -> None:

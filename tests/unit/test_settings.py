@@ -35,7 +35,15 @@ def test_an_unknown_variable_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PORT", "70000"), ("TRIGGER", "sometimes"), ("RUN_LEASE_S", "0"), ("MAX_ATTEMPTS", "0"), ("DEVICE", "tpu")],
+    [
+        ("PORT", "70000"),
+        ("TRIGGER", "sometimes"),
+        ("RUN_LEASE_S", "0"),
+        ("MAX_ATTEMPTS", "0"),
+        ("DEVICE", "tpu"),
+        ("NODES", "http://a:1,b:2"),
+        ("REDIS_URL", "localhost:6379"),
+    ],
 )
 def test_a_wrong_value_is_named(name: str, value: str) -> None:
     with pytest.raises(ValidationError, match=name.lower()):
