@@ -1,0 +1,138 @@
+"""Trainer between a real Redis and a training that is only played: whatever ends a run, its edits are accounted for."""
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripted_worker import ScriptedWorker, fact
+
+from service.queue import TaskQueue
+from service.schemas import Edit, Run, RunStatus, Trigger
+from service.settings import Settings
+from service.stores import Stores
+from worker import run as worker_run
+from worker.evaluation.gate import GateDecision
+from worker.run import Trainer
+from worker.training.breadth_first import TrainingCancelledError, TrainingError
+from worker.training.encode import EncodingError
+
+Step = Callable[[], None]
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def carry_out(
+    stores: Stores, worker: ScriptedWorker, queue: TaskQueue, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """Carries out a run over what is queued, with something that happens while it trains or while it is evaluated."""
+
+    def run(*, training: Step = nothing, evaluating: Step = nothing, passed: bool = True) -> Run:
+        def train(*_: Any, should_stop: Callable[[], bool], **__: Any) -> SimpleNamespace:
+            training()
+            if should_stop():
+                raise TrainingCancelledError
+            return SimpleNamespace(tensors={})
+
+        decision = GateDecision(passed=passed, reasons=() if passed else ("too bad",))
+        monkeypatch.setattr(worker_run, "train", train)
+        monkeypatch.setattr(worker_run, "decide", lambda *_: decision)
+        evaluator: Any = SimpleNamespace(evaluate=lambda *_: evaluating())
+        hasty = settings.model_copy(update={"run_lease_s": 0.2})
+        played: Any = SimpleNamespace()
+        trainer = Trainer(played, played, evaluator, played, stores, queue, hasty, threading.Event())
+        monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self._hand_over(run, 1))
+        run_id = stores.runs.request(Trigger.MANUAL)[0].id
+        trainer.execute(run_id)
+        return stores.runs.get(run_id)
+
+    return run
+
+
+def submit(stores: Stores, *prompts: str) -> list[str]:
+    return [edit.id for edit in stores.edits.submit([fact(prompt, "1") for prompt in prompts])]
+
+
+def found(stores: Stores, ids: list[str]) -> list[tuple[str, int]]:
+    edits: list[Edit] = stores.edits.get_many(ids)
+    return [(edit.status.value, edit.attempts) for edit in edits]
+
+
+@pytest.mark.parametrize("moment", ["training", "evaluating"])
+def test_a_cancelled_run_gives_its_edits_back(
+    stores: Stores, carry_out: Callable[..., Run], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = submit(stores, "a")
+    heard = threading.Event()
+    renew = stores.runs.renew
+
+    def listen(run: Run) -> bool:
+        if cancelled := renew(run):
+            # Told behind the answer, which the lease has by the next renewal.
+            threading.Timer(0.1, heard.set).start()
+        return cancelled
+
+    def cancel() -> None:
+        run = stores.runs.current()
+        assert run is not None
+        stores.runs.cancel(run.id)
+        assert heard.wait(5)
+
+    monkeypatch.setattr(stores.runs, "renew", listen)
+    assert carry_out(**{moment: cancel}).status is RunStatus.CANCELLED
+    assert found(stores, ids) == [("queued", 0)]
+    assert stores.runs.current() is None
+
+
+@pytest.mark.parametrize("error", [TrainingError("diverged"), RuntimeError("out of memory"), OSError("disk full")])
+def test_a_run_that_fails_counts_an_attempt(stores: Stores, carry_out: Callable[..., Run], error: Exception) -> None:
+    ids = submit(stores, "a")
+
+    def fail() -> None:
+        raise error
+
+    ended = carry_out(training=fail)
+    assert ended.status is RunStatus.FAILED
+    assert ended.error is not None
+    assert str(error) in ended.error.message
+    assert found(stores, ids) == [("queued", 1)]
+
+
+def test_a_version_that_the_gate_rejects_counts_an_attempt(stores: Stores, carry_out: Callable[..., Run]) -> None:
+    ids = submit(stores, "a")
+    ended = carry_out(passed=False)
+    assert ended.error is not None
+    assert (ended.error.code, ended.error.message) == ("gate_rejected", "too bad")
+    assert found(stores, ids) == [("queued", 1)]
+
+
+def test_an_edit_that_cannot_be_encoded_fails_alone(stores: Stores, carry_out: Callable[..., Run]) -> None:
+    ids = submit(stores, "a", "b")
+
+    def refuse() -> None:
+        raise EncodingError(ids[0], "too long")
+
+    assert carry_out(training=refuse).status is RunStatus.FAILED
+    assert found(stores, ids) == [("failed", 1), ("queued", 0)]
+
+
+def test_a_run_that_was_taken_over_changes_nothing(stores: Stores, carry_out: Callable[..., Run]) -> None:
+    ids = submit(stores, "a")
+
+    def take_over() -> None:
+        run = stores.runs.current()
+        assert run is not None
+        stores.edits.unclaim(run.id)
+        stores.runs.finish(run.id, RunStatus.FAILED)
+
+    assert carry_out(evaluating=take_over).status is RunStatus.FAILED
+    assert found(stores, ids) == [("queued", 1)]
+
+
+def test_an_empty_edit_set_is_the_bases(stores: Stores, carry_out: Callable[..., Run]) -> None:
+    ended = carry_out()
+    assert (ended.status, ended.version) == (RunStatus.VERIFYING, 0)
