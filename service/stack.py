@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
+
+from redis import Redis
+from redis.exceptions import RedisError
 
 from service import programs
 from service.errors import ErrataError
@@ -26,6 +29,8 @@ from service.supervisor import Process, Supervisor
 
 Say = Callable[[str], None]
 
+# As a shell says it of a command that Ctrl-C ended: whoever waits for a ready stack has none.
+_INTERRUPTED = 130
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
 
@@ -110,8 +115,10 @@ class Stack:
             return 0
         with _stop_signals():
             record, process = self._start(say)
+            interrupted = _INTERRUPTED
             try:
                 wait_until_ready(record.url, self._supervisor(record), process, say)
+                interrupted = 0
                 say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
                 if detach:
                     return 0
@@ -121,7 +128,7 @@ class Stack:
                 return 1
             except KeyboardInterrupt:
                 self._stop(process, say)
-                return 0
+                return interrupted
             except ErrataError:
                 self._stop(process, say)
                 raise
@@ -151,6 +158,7 @@ class Stack:
         if settings.nodes and not settings.node_token.get_secret_value():
             raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._demand_one_redis()
         model = _existing_model(settings.model) if settings.model else str(default_model(say))
         port = _take_port(settings.host, settings.port)
         redis_port, node_port, supervisor_port = _free_port(), _free_port(), _free_port()
@@ -178,6 +186,20 @@ class Stack:
         inherited.setdefault("OMP_WAIT_POLICY", "passive")
         environment = {**inherited, **record.environment, **_settings_only(kept)}
         return record, self._supervisor(record).start(started, environment)
+
+    def _demand_one_redis(self) -> None:
+        # A supervisor that was killed leaves its processes; two servers would write to one append-only file.
+        path = self._home / "secrets.json"
+        made = json.loads(path.read_text()) if path.is_file() else {}
+        url = made.get("ERRATA_REDIS_URL", "")
+        if f":{made.get('SUPERVISOR_PASSWORD')}@127.0.0.1:" not in url:
+            return
+        with suppress(RedisError), Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as redis:
+            process = cast(dict[str, Any], redis.info("server"))["process_id"]
+            raise StackError(
+                f"an earlier stack's Redis, process {process}, still runs under {self._home} without its supervisor; "
+                "end it and the processes beside it"
+            )
 
     def _secrets(self, redis_port: int) -> dict[str, str]:
         """The passwords of this home, made once and kept; the Redis port is new at each start."""

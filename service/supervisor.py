@@ -13,6 +13,8 @@ from typing import Any, cast
 import psutil
 
 _STOP_WAIT_S = 30
+# Programs of one priority stop together, and one priority behind the other.
+_SHUT_DOWN_WAIT_S = 5 * _STOP_WAIT_S
 _LOG_BYTES = 16 * 1024**2
 
 
@@ -91,14 +93,17 @@ class Supervisor:
         """Stops all processes, then supervisord, and waits for its end; returns False if it was not there.
 
         Raises:
-            psutil.TimeoutExpired: it is still there after the time that its processes have to stop.
+            TimeoutError: it is still there after the time that its processes have to stop.
         """
         try:
             supervisord = psutil.Process(self._call("getPID"))
             self._call("shutdown")
         except (OSError, HTTPException, xmlrpc.client.Error, psutil.NoSuchProcess):
             return False
-        supervisord.wait(2 * _STOP_WAIT_S)
+        try:
+            supervisord.wait(_SHUT_DOWN_WAIT_S)
+        except psutil.TimeoutExpired as error:
+            raise TimeoutError(f"supervisord, process {supervisord.pid}, is still there") from error
         return True
 
     def _configuration(self, programs: Sequence[Program]) -> RawConfigParser:
