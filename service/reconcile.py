@@ -74,6 +74,7 @@ class Reconciler:
         """Activates an older version; without a number the one that was active before.
 
         Raises:
+            NotFoundError: no such version.
             ConflictError: there is no version before the active one.
         """
         if to is None:
@@ -81,6 +82,8 @@ class Reconciler:
             if active is None or active.previous is None:
                 raise ConflictError("no version was active before this one", param="to", code="nothing_to_roll_back")
             to = active.previous
+        if not self._stores.registry.exists(to):
+            raise NotFoundError(f"no version {to}", param="to", code="version_not_found")
         return self.activate(to)
 
     def holders(self, version: int) -> list[str]:

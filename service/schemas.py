@@ -22,10 +22,14 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _clean_text(text: str) -> str:
+def _no_control(text: str) -> str:
     if found := _CONTROL.search(text):
         raise ValueError(f"control character U+{ord(found.group()):04X} at position {found.start()}")
-    if not (stripped := text.strip()):
+    return text
+
+
+def _clean_text(text: str) -> str:
+    if not (stripped := _no_control(text).strip()):
         raise ValueError("must not be empty or only white space")
     return stripped
 
@@ -34,7 +38,7 @@ Text = Annotated[
     str, StringConstraints(strict=True, min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_clean_text)
 ]
 MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64), AfterValidator(_clean_text)]
-MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
+MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512), AfterValidator(_no_control)]
 Timestamp = Annotated[int, Field(description="Unix seconds")]
 
 

@@ -249,6 +249,7 @@ BAD_EDITS: list[tuple[object, str | None]] = [
     ({**GOOD, "metadata": {SURROGATE: "v"}}, None),
     ({**GOOD, "metadata": {"": "v"}}, None),
     ({**GOOD, "metadata": {"k": "v" * 513}}, "metadata.k"),
+    ({**GOOD, "metadata": {"k": "a\x00b"}}, "metadata.k"),
     ({**GOOD, "metadata": {str(number): "" for number in range(17)}}, "metadata"),
     ([], None),
     ("text", None),
@@ -378,8 +379,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("body", "status", "param"),
         [
-            ({"to": 99}, 404, None),
-            ({"to": 10**30}, 404, None),
+            ({"to": 99}, 404, "to"),
+            ({"to": 10**30}, 404, "to"),
             ({"to": -1}, 422, "to"),
             ({"to": "0"}, 422, "to"),
             ({"to": 0.5}, 422, "to"),
