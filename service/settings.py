@@ -133,8 +133,10 @@ class Settings(BaseModel):
 
     @property
     def store_url(self) -> str:
-        """The version store's directory or URL."""
-        return self.store or str(self.home.absolute() / "versions")
+        """The version store's URL or absolute directory: the next command may run in another folder."""
+        if "://" in self.store:
+            return self.store
+        return str(Path(self.store or self.home / "versions").absolute())
 
 
 def _demand_scheme(url: str, *schemes: str) -> None:

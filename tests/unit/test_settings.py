@@ -55,6 +55,14 @@ def test_an_edit_must_fit_the_node() -> None:
         Settings.from_env({"ERRATA_EDIT_MAX_TOKENS": "1500"})
 
 
+@pytest.mark.parametrize(
+    ("store", "url"),
+    [("", "/state/versions"), ("/a", "/a"), ("b", f"{Path.cwd()}/b"), ("s3://bucket/c", "s3://bucket/c")],
+)
+def test_the_store_is_the_same_from_every_folder(store: str, url: str) -> None:
+    assert Settings(home=Path("/state"), store=store).store_url == url
+
+
 def test_the_environment_gives_the_same_settings() -> None:
     settings = Settings(
         home=Path("/somewhere"), nodes=("http://a", "http://b"), trigger=Trigger.MANUAL, train_batch_size=4
