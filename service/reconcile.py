@@ -19,6 +19,7 @@ from service.registry import OvertakenError
 from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.stores import Stores
+from service.triggers import RECENT_RUNS, due
 from service.verification import Demand, Verdict, sample, verify
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Reconciler:
                 self._publish(run)
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
+            self._give_up_in_time(run, error)
         finally:
             try:
                 lock.release()
@@ -137,29 +139,16 @@ class Reconciler:
         return run
 
     def _due(self) -> bool:
-        runs, settings = self._stores.runs, self._settings
-        if settings.trigger is Trigger.MANUAL or runs.on_hold() or runs.queued() or runs.current():
+        edits, runs = self._stores.edits, self._stores.runs
+        if runs.on_hold() or runs.queued() or runs.current():
             return False
-        counts = self._stores.edits.counts()
-        queued, retracting = counts[EditStatus.QUEUED], counts[EditStatus.RETRACTING]
-        if not queued and not retracting:
-            return False
-        now, newest = self._clock(), runs.newest()
-        idle_s = now - (newest.finished_at or now) if newest else now
-        if newest and newest.status is RunStatus.FAILED and idle_s < settings.retry_wait_s:
-            return False
-        match settings.trigger:
-            case Trigger.BATCH:
-                oldest = self._stores.edits.oldest_queued_at() or now
-                return (
-                    queued >= settings.trigger_batch_edits
-                    or retracting > 0
-                    or now - oldest >= settings.trigger_max_wait_s
-                )
-            case Trigger.INTERVAL:
-                return idle_s >= settings.trigger_interval_s
-            case _:
-                return True
+        return due(
+            self._settings,
+            counts=edits.counts(),
+            recent=runs.page(after=None, limit=RECENT_RUNS).data,
+            oldest_queued_at=edits.oldest_queued_at(),
+            now=self._clock(),
+        )
 
     def _publish(self, run: Run) -> None:
         registry, edits = self._stores.registry, self._stores.edits
@@ -198,6 +187,16 @@ class Reconciler:
             self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
             return
         self._complete(run)
+
+    def _give_up_in_time(self, run: Run, error: UnavailableError) -> None:
+        """No node verified the version for so long that other edits must not wait for it any more."""
+        waited_s = self._clock() - (run.verifying_since or self._clock())
+        if run.version is None or waited_s < self._settings.verify_max_s:
+            return
+        reason = EditError(code="not_verified", message=f"no node could be asked for {waited_s:.0f} s: {error.message}")
+        self._stores.registry.mark(run.version, VersionState.REJECTED, reason=reason.message)
+        self._stores.edits.unclaim(run.id, error=reason, refund=True)
+        self._end(run, RunStatus.FAILED, reason)
 
     def _complete(self, run: Run) -> None:
         self._stores.edits.settle()
@@ -273,6 +272,8 @@ class Reconciler:
             error = EditError(code="worker_lost", message="the train worker of the run died")
             self._stores.edits.unclaim(run.id, error=error)
             self._end(run, RunStatus.FAILED, error)
+            # What its worker claimed between the two, and may not claim any more.
+            self._stores.edits.unclaim(run.id, error=error)
 
     def _resend_lost_message(self) -> None:
         run = self._stores.runs.queued()

@@ -155,11 +155,6 @@ class RunStore:
         """Whether a cancelled run keeps the triggers waiting."""
         return bool(self._redis.exists(self._keys.hold))
 
-    def newest(self) -> Run | None:
-        """The run that was asked for last."""
-        ids = cast(list[str], self._redis.zrevrange(self._keys.runs, 0, 0))
-        return self.get(ids[0]) if ids else None
-
     def beat(self, worker: str) -> None:
         """A train worker says that it is there."""
         self._redis.zadd(self._keys.workers, {worker: self._clock()})
@@ -196,5 +191,6 @@ def _run(fields: Mapping[str, str]) -> Run:
         error=json.loads(fields.get("error") or "null"),
         created_at=int(fields["created_at"]),
         started_at=_number(fields.get("started_at")),
+        verifying_since=_number(fields.get("verifying_since")),
         finished_at=_number(fields.get("finished_at")),
     )

@@ -124,7 +124,7 @@ class Edit(Schema):
     rephrases: list[str]
     metadata: dict[str, str]
     status: EditStatus
-    version: int | None = Field(description="The first version that contains it")
+    version: int | None = Field(description="The version that its latest run made")
     verified: dict[Format, FormatOutcome] = Field(description="Outcome per trained format")
     error: EditError | None
     attempts: int
@@ -291,6 +291,7 @@ class Run(Schema):
     error: EditError | None
     created_at: Timestamp
     started_at: Timestamp | None
+    verifying_since: Timestamp | None = None
     finished_at: Timestamp | None
 
 

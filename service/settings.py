@@ -63,7 +63,7 @@ class Settings(BaseModel):
 
     evaluate_sample: int = Field(default=100, ge=0, description="Older edits that a run measures beside its new ones")
     gate_min_reliability: float = Field(
-        default=0.9, ge=0, le=1, description="Least share of the evaluated edits learned"
+        default=0.5, ge=0, le=1, description="Least share of the evaluated edits learned"
     )
     gate_min_locality: float = Field(default=0.0, ge=0, le=1, description="Least share of unrelated answers unchanged")
     gate_max_perplexity_ratio: float = Field(default=2.0, gt=0, description="Most perplexity, as a ratio to the base's")
@@ -72,6 +72,9 @@ class Settings(BaseModel):
     )
     verify_min_kept: float = Field(
         default=0.75, ge=0, le=1, description="Least share of the older edits asked again that must still be right"
+    )
+    verify_max_s: float = Field(
+        default=900.0, gt=0, description="A version that no node could be asked for so long is given up, seconds"
     )
     verify_sample: int = Field(default=8, ge=0, description="Older edits of a version that are asked again")
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from service.answers import STOP, matches
-from service.nodes import NodeClient
+from service.nodes import Answer, NodeClient, NodeRefusedError
 from service.schemas import Edit, Format, FormatOutcome
 
 _CONCURRENCY = 16
@@ -65,7 +65,6 @@ def verify(
 
     Raises:
         UnavailableError: the node stopped answering.
-        NodeRefusedError: the node refuses a version.
     """
 
     def outcomes_of(edit: Edit, before: int | None) -> dict[Format, FormatOutcome]:
@@ -90,14 +89,22 @@ def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
 def _outcome(
     node: NodeClient, edit: Edit, form: Format, tokens: int, *, version: int, before: int | None
 ) -> FormatOutcome:
-    earlier = None if before is None else node.ask(before, edit.prompt, form, max_tokens=tokens)
-    after = node.ask(version, edit.prompt, form, max_tokens=tokens)
+    earlier = None if before is None else _answer(node, before, edit, form, tokens)
+    after = _answer(node, version, edit, form, tokens)
     return FormatOutcome(
         matched=matches(after.text, edit.target, finished=after.finish_reason == STOP),
         before=earlier.text.strip() if earlier else None,
         after=after.text.strip(),
         finish_reason=after.finish_reason,
     )
+
+
+def _answer(node: NodeClient, version: int, edit: Edit, form: Format, tokens: int) -> Answer:
+    try:
+        return node.ask(version, edit.prompt, form, max_tokens=tokens)
+    except NodeRefusedError as error:
+        # The edit's own fault (too long with the chat template, say); the others are judged by themselves.
+        return Answer(error.message, error.code)
 
 
 def _shortfall(name: str, group: Sequence[Mapping[Format, FormatOutcome]], least: float) -> str | None:

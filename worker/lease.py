@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -16,10 +17,13 @@ log = logging.getLogger(__name__)
 class Lease:
     """Renews a run's lease from a thread of its own, because training holds the main one for minutes."""
 
-    def __init__(self, runs: RunStore, run: Run, *, every_s: float, stopping: threading.Event) -> None:
+    def __init__(
+        self, runs: RunStore, run: Run, *, every_s: float, longest_s: float, stopping: threading.Event
+    ) -> None:
         self._runs = runs
         self._run = run
         self._every_s = every_s
+        self._deadline = time.monotonic() + longest_s
         self._stopping = stopping
         self._ended = threading.Event()
         self._cancelled = threading.Event()
@@ -46,9 +50,14 @@ class Lease:
         """Whether the run was taken over."""
         return self._lost.is_set()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the run takes longer than it may."""
+        return time.monotonic() > self._deadline
+
     def should_stop(self) -> bool:
-        """Whether training is to end now: cancelled, taken over, or the worker shuts down."""
-        return self.cancelled or self.lost or self._stopping.is_set()
+        """Whether training is to end now: cancelled, taken over, overdue, or the worker shuts down."""
+        return self.cancelled or self.lost or self.overdue or self._stopping.is_set()
 
     def _renew(self) -> None:
         while not self._ended.wait(self._every_s):

@@ -101,7 +101,13 @@ class Trainer:
             log.info("run.skipped", extra={"run": run_id})
             return
         log.info("run.started", extra={"run": run_id, "token": run.token, "parent": run.parent})
-        with Lease(self.stores.runs, run, every_s=self.settings.run_lease_s / 4, stopping=self.stopping) as lease:
+        with Lease(
+            self.stores.runs,
+            run,
+            every_s=self.settings.run_lease_s / 4,
+            longest_s=self.settings.run_max_s,
+            stopping=self.stopping,
+        ) as lease:
             try:
                 self._attempt(run, lease)
             except (LeaseLostError, FencedError) as error:
@@ -190,6 +196,10 @@ class Trainer:
     def _cancelled(self, run: Run, lease: Lease) -> None:
         if lease.lost:
             log.warning("run.taken_over", extra={"run": run.id})
+            return
+        if lease.overdue and not lease.cancelled:
+            limit = f"the run took longer than {self.settings.run_max_s:g} s"
+            self._fail(run, EditError(code="run_too_long", message=limit))
             return
         self.stores.edits.unclaim(run.id, refund=True)
         self.stores.runs.finish(run.id, RunStatus.CANCELLED)

@@ -37,7 +37,7 @@ _MOVING = frozenset({EditStatus.QUEUED, EditStatus.TRAINING, EditStatus.TRAINED,
 
 IdempotencyKey = Annotated[
     str | None,
-    Header(min_length=1, max_length=255, description="The same key and body answer with the same edits, for 7 days"),
+    Header(min_length=1, max_length=255, description="The same key and body answer with the same edits"),
 ]
 
 

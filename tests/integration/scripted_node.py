@@ -23,6 +23,7 @@ class ScriptedNode:
         self.taught: dict[int, dict[str, str]] = {}
         self.refuses: dict[int, tuple[int, str]] = {}
         self.asked: list[tuple[int, str]] = []
+        self.chokes_on: dict[str, int] = {}
         self.finish_reason = "stop"
         self.lock = threading.Lock()
 
@@ -50,6 +51,9 @@ class ScriptedNode:
         prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
         with self.lock:
             self.asked.append((version, prompt))
+        if prompt in self.chokes_on:
+            error = {"message": "cannot answer this", "type": "t", "param": "prompt", "code": "bad_prompt"}
+            return self.chokes_on[prompt], {"error": error}
         text = self.taught.get(version, {}).get(prompt, IGNORANCE)
         said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}

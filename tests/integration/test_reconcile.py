@@ -89,6 +89,32 @@ class TestPublish:
         assert run_of(stores, run).status is RunStatus.SUCCEEDED
         assert statuses(stores, edits) == ["live"]
 
+    def test_a_prompt_that_the_node_refuses_costs_the_other_edits_nothing(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"), ("too long", "2"))
+        node.chokes_on["too long"] = 400
+        run, version = worker.train()
+        reconciler.publish(run.id)
+        assert (active(stores), statuses(stores, edits)) == (version, ["live", "queued"])
+        refused = stores.edits.get(edits[1].id).verified
+        assert {(outcome.matched, outcome.finish_reason) for outcome in refused.values()} == {(False, "bad_prompt")}
+
+    def test_a_version_that_no_node_can_be_asked_for_is_given_up_in_time(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        node.chokes_on["a"] = 500
+        run, version = worker.train()
+        make_reconciler(node.client()).publish(run.id)
+        assert run_of(stores, run).status is RunStatus.VERIFYING
+        stores.runs.update(run.id, verifying_since=int(time.time()) - 901)
+        make_reconciler(node.client()).publish(run.id)
+        assert (active(stores), statuses(stores, edits)) == (0, ["queued"])
+        assert run_of(stores, run).status is RunStatus.FAILED
+        assert stores.registry.get(version).state is VersionState.REJECTED
+        assert stores.edits.get(edits[0].id).attempts == 0
+
     def test_users_get_the_old_version_until_the_last_answer(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:
