@@ -4,6 +4,7 @@ What runs elsewhere by setting (``ERRATA_REDIS_URL``, ``ERRATA_NODES``) is not s
 directory, ``ERRATA_HOME``; the default model is part of the environment and shared by all stacks of it.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -110,28 +111,36 @@ class Stack:
         Raises:
             StackError: a process cannot be started, or the stack is not ready in time.
         """
-        if self.running():
-            say(f"already running at {self.url()}")
-            return 0
         with _stop_signals():
-            record, process = self._start(say)
-            interrupted = _INTERRUPTED
+            process = self._bring_up(say)
+            if process is None or detach:
+                return 0
             try:
-                wait_until_ready(record.url, self._supervisor(record), process, say)
-                interrupted = 0
-                say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
-                if detach:
-                    return 0
                 say("Ctrl-C stops it")
                 process.wait()
                 say("the supervisor ended")
                 return 1
             except KeyboardInterrupt:
                 self._stop(process, say)
-                return interrupted
+                return 0
+
+    def _bring_up(self, say: Say) -> "subprocess.Popen[bytes] | None":
+        """The supervisor of a stack that is ready; None if one ran already."""
+        with _one_at_a_time(self._home):
+            if self.running():
+                say(f"already running at {self.url()}")
+                return None
+            record, process = self._start(say)
+            try:
+                wait_until_ready(record.url, self._supervisor(record), process, say)
+            except KeyboardInterrupt as interrupt:
+                self._stop(process, say)
+                raise SystemExit(_INTERRUPTED) from interrupt
             except ErrataError:
                 self._stop(process, say)
                 raise
+            say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
+            return process
 
     def _stop(self, process: "subprocess.Popen[bytes]", say: Say) -> None:
         """Ends what this process started, also if the supervisor does not listen yet."""
@@ -157,7 +166,6 @@ class Stack:
         settings = self._settings
         if settings.nodes and not settings.node_token.get_secret_value():
             raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
-        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._demand_one_redis()
         model = _existing_model(settings.model) if settings.model else str(default_model(say))
         port = _take_port(settings.host, settings.port)
@@ -277,6 +285,15 @@ def _take_port(host: str, port: int) -> int:
             return int(server.getsockname()[1])
     except OSError as error:
         raise StackError(f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one") from error
+
+
+@contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Two starts of one home: the second waits, and finds the stack running."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
