@@ -50,7 +50,7 @@ def validation_error(errors: Sequence[Any], *, at: str = "") -> InvalidRequestEr
     if kind == "json_invalid":
         return MalformedRequestError(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     return InvalidRequestError(
-        f"{at}{param}: {first['msg']}" if param else str(first["msg"]),
+        f"{at}{param}: {first['msg']}" if param else "the body must be a JSON object, sent as application/json",
         param=f"{at}{param}" or None,
         code=_CODES.get(kind, "invalid_value"),
     )
