@@ -181,6 +181,8 @@ class VersionStore:
             raise StoreUnavailableError(f"version {version}: {_MANIFEST} could not be read: {error}") from error
         if manifest.version != version:
             raise DamagedDeltaError(f"version {version}: {_MANIFEST} is of version {manifest.version}")
+        if manifest.files.keys() != {_DELTA, _EDITS}:
+            raise DamagedDeltaError(f"version {version}: {_MANIFEST} lists the files {sorted(manifest.files)}")
         return manifest
 
     def edits(self, version: int) -> list[dict[str, JsonValue]]:
@@ -212,20 +214,6 @@ class VersionStore:
             if found != expected:
                 raise DamagedDeltaError(f"version {version}: tensor {name} is {found}, expected {expected}")
         return tensors
-
-    def fetch(self, version: int, into: Path) -> Manifest:
-        """Copy a version, verified, into the new folder `into`.
-
-        Raises UnknownVersionError, DamagedDeltaError or VersionExistsError.
-        """
-        manifest = self.manifest(version)
-        files = {name: self._read(manifest, name) for name in manifest.files}
-        files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
-        try:
-            _write_folder(into, files)
-        except OSError as error:
-            raise StoreUnavailableError(f"version {version} could not be copied to {into}: {error}") from error
-        return manifest
 
     def _folder(self, version: int) -> str:
         return f"{self._root}/{version:06d}"

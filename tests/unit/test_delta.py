@@ -260,23 +260,14 @@ def test_an_unreadable_store_says_so(tmp_path: Path) -> None:
         VersionStore(str(tmp_path / "store")).manifest(1)
 
 
-def test_a_fetched_copy_is_a_version_of_its_own(any_store: VersionStore, tmp_path: Path) -> None:
-    manifest = any_store.write(info(4), {PARAMETER: matrix()}, EDITS)
-    copy = tmp_path / "copy" / "versions" / "000004"
-    assert any_store.fetch(4, copy) == manifest
-    local = VersionStore(str(tmp_path / "copy"))
-    assert torch.equal(local.load(4)[PARAMETER], matrix())
-    assert local.edits(4) == EDITS
-    with pytest.raises(VersionExistsError):
-        any_store.fetch(4, copy)
-
-
-def test_a_damaged_version_is_not_fetched(store: VersionStore, root: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_lists_other_files_is_refused(store: VersionStore, root: Path) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
-    flip_one_bit(root / "versions" / "000001" / "delta.safetensors")
-    with pytest.raises(DamagedDeltaError):
-        store.fetch(1, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
+    path = root / "versions" / "000001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["delta.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DamagedDeltaError, match=r"version 1: manifest.json lists the files \['edits.jsonl'\]"):
+        store.load(1)
 
 
 def test_a_manifest_cannot_be_changed(store: VersionStore) -> None:
