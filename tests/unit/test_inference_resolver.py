@@ -1,6 +1,7 @@
 """From a model name to a local, verified adapter folder, or to a refusal that says why."""
 
 import json
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from worker.delta import (
     Base,
     DamagedDeltaError,
+    StoreUnavailableError,
     UnknownVersionError,
     VersionInfo,
     VersionStore,
@@ -125,6 +127,18 @@ def test_what_is_refused_leaves_no_folder(store: VersionStore, adapters: Adapter
         with pytest.raises(error):
             adapters.ensure(version)
     assert list((tmp_path / "cache").rglob("*")) == []
+
+
+def test_a_cache_that_is_full_is_said_to_be_unavailable(store: VersionStore, adapters: AdapterCache) -> None:
+    write(store, 1)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128, usual[1]))
+    try:
+        with pytest.raises(StoreUnavailableError, match="version 1 could not be cached"):
+            adapters.ensure(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert torch.equal(lora_a(adapters.ensure(1)), matrix(1))
 
 
 @pytest.mark.parametrize(

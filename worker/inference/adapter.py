@@ -66,7 +66,8 @@ def _write(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
         weights[_weight_name(parameter, "lora_B")] = torch.zeros(tensor.size(0), 1, dtype=tensor.dtype)
     try:
         (staging / "adapter_config.json").write_text(json.dumps(config))
-        safetensors.torch.save_file(weights, staging / _WEIGHTS)
+        # Not save_file: it reports a full disk as a SafetensorError.
+        (staging / _WEIGHTS).write_bytes(safetensors.torch.save(weights))
         staging.rename(adapter)
     except OSError:
         if not adapter.exists():
