@@ -13,15 +13,17 @@ class SlotReader:
     because they share a namespace with vLLM's own.
     """
 
-    def errata_slots(self) -> dict[int, int | None]:
-        """Return the slot of every loaded version, the least recently used first; None: in host memory only.
-
-        Raises TypeError when the tuned location is not a layer that can hold versions.
-        """
-        manager = self._errata_manager()
-        for name, module in manager.modules.items():
+    def errata_locations(self) -> list[str]:
+        """Return the modules of this rank that hold versions. Raises TypeError for one that cannot."""
+        modules = self._errata_manager().modules
+        for name, module in modules.items():
             if not isinstance(module, VersionedRowParallelLinear):
                 raise TypeError(f"{name} cannot hold versions: {type(module).__name__} is not a row-parallel layer")
+        return list(modules)
+
+    def errata_slots(self) -> dict[int, int | None]:
+        """Return the slot of every loaded version, the least recently used first; None: in host memory only."""
+        manager = self._errata_manager()
         slots = {adapter: index for index, adapter in enumerate(manager.lora_index_to_id) if adapter is not None}
         return {adapter: slots.get(adapter) for adapter in manager.list_adapters()}
 

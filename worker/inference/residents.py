@@ -39,6 +39,19 @@ class ResidentVersions:
         self._models = models
         self._host_slots = host_slots
 
+    async def check_location(self, location: str) -> None:
+        """Raise LookupError unless `location` is the one module that holds versions.
+
+        vLLM says nothing about a target module that it does not have (`q_proj` is part of its `qkv_proj`), and would
+        answer every version's requests from the base.
+        """
+        ranks: list[list[str]] = await self._engine.collective_rpc("errata_locations")
+        found = {name for names in ranks for name in names}
+        if found != {location}:
+            raise LookupError(
+                f"vLLM holds versions at {sorted(found)}, not at {location}: it cannot serve this model so"
+            )
+
     async def list(self, *, checksum: bool) -> list[Resident]:
         """Return the loaded versions, ascending. With `checksum`, read back those that are in a slot."""
         slots = await self._slots()
@@ -91,16 +104,17 @@ class ResidentVersions:
 
         The engine would do so by itself, but the server would go on knowing the name, and the engine would read the
         version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
-        engine down; a name that has gone is resolved and verified again.
+        engine down; a name that has gone is resolved and verified again. Two loads at once can both find the last
+        place free, and the engine then does evict; the next load makes the server forget that name.
         """
+        known = dict(self._models.lora_requests)  # before the engine is asked: what is loaded meanwhile is in no doubt
         slots = await self._slots()
-        if len(slots) < self._host_slots:
-            return
-        oldest = next(iter(slots))
-        for name, request in list(self._models.lora_requests.items()):
-            if request.lora_int_id == oldest:
+        oldest = next(iter(slots)) if len(slots) >= self._host_slots else None
+        for name, request in known.items():
+            if request.lora_int_id == oldest or request.lora_int_id not in slots:
                 await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
-        await self._engine.remove_lora(oldest)
+        if oldest is not None:
+            await self._engine.remove_lora(oldest)
 
     async def _slots(self) -> dict[int, int | None]:
         # Every rank holds the same versions in the same slots.

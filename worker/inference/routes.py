@@ -118,7 +118,7 @@ class VersionRoutes:
         """Connect the routes to the engine. Fails, and with it the server, if the tuned layer cannot hold versions."""
         assert isinstance(engine_client, AsyncLLM)  # noqa: S101  the one engine of vLLM's server
         residents = ResidentVersions(engine_client, state.openai_serving_models, args.max_cpu_loras)
-        await residents.list(checksum=False)
+        await residents.check_location(self._environment.location)
         resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
         assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin registered it
         resolver.before_each_load(residents.make_room)

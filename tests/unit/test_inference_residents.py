@@ -1,0 +1,68 @@
+"""What the server and its engine hold between them, over stand-ins for both."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+from vllm.lora.request import LoRARequest
+
+from worker.inference.residents import ResidentVersions
+
+LOCATION = "model.layers.22.mlp.down_proj"
+HOST_SLOTS = 3
+
+
+@dataclass
+class Engine:
+    """Holds adapters by number, the least recently used first."""
+
+    held: list[int]
+    locations: list[list[str]] = field(default_factory=lambda: [[LOCATION]])
+
+    async def collective_rpc(self, method: str) -> list[object]:
+        return {"errata_slots": [dict.fromkeys(self.held)], "errata_locations": self.locations}[method]
+
+    async def remove_lora(self, lora_id: int) -> None:
+        self.held.remove(lora_id)
+
+
+@dataclass
+class Models:
+    """Knows versions by name; version 7's adapter has the number 7."""
+
+    lora_requests: dict[str, LoRARequest]
+
+    async def unload_lora_adapter(self, request: UnloadLoRAAdapterRequest) -> None:
+        del self.lora_requests[request.lora_name]
+
+
+def residents(held: list[int], named: list[int], locations: list[list[str]] | None = None) -> ResidentVersions:
+    models = Models({f"errata@{number}": LoRARequest(f"errata@{number}", number, "/adapter") for number in named})
+    return ResidentVersions(Engine(held, locations or [[LOCATION]]), models, HOST_SLOTS)
+
+
+@pytest.mark.parametrize(
+    ("held", "named", "left"),
+    [
+        pytest.param([1, 2], [1, 2], [1, 2], id="there is room"),
+        pytest.param([2, 1, 3], [1, 2, 3], [1, 3], id="the least recently used goes"),
+        pytest.param([2, 3], [1, 2, 3], [2, 3], id="the engine has evicted by itself"),
+        pytest.param([2, 3, 4], [1, 2, 3, 4], [3, 4], id="both"),
+    ],
+)
+async def test_room_is_made_in_engine_and_server_alike(held: list[int], named: list[int], left: list[int]) -> None:
+    versions = residents(held, named)
+    await versions.make_room()
+    assert sorted(versions._engine.held) == left
+    assert sorted(request.lora_int_id for request in versions._models.lora_requests.values()) == left
+
+
+@pytest.mark.parametrize("locations", [[[]], [[f"{LOCATION}.other"]], [[LOCATION, "model.layers.3.mlp.down_proj"]]])
+async def test_a_location_that_vllm_does_not_have_stops_the_node(locations: list[list[str]]) -> None:
+    with pytest.raises(LookupError, match=f"not at {LOCATION}"):
+        await residents([], [], locations).check_location(LOCATION)
+
+
+@pytest.mark.parametrize("locations", [[[LOCATION]], [[], [LOCATION]], [[LOCATION], [LOCATION]]])
+async def test_one_rank_with_the_location_is_enough(locations: list[list[str]]) -> None:
+    await residents([], [], locations).check_location(LOCATION)
