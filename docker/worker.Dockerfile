@@ -21,7 +21,7 @@ RUN /venv/bin/pip install --quiet --no-deps --no-build-isolation .
 FROM ${BASE}
 # Volumes take their first owner from these folders; every image has the same ones.
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin errata \
-    && install --directory --owner=errata --group=errata /models /versions /state
+    && install --directory --owner=errata --group=errata /models /versions
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
