@@ -1,6 +1,6 @@
 """Measures what the defaults of a run are chosen by: how well edits are learned, what they cost, how long they take.
 
-    python -m benchmarks.defaults --model FOLDER --edits zsre.json --edits counterfact.json --counts 1 20 100
+    .venv/bin/python -m benchmarks.defaults --model FOLDER --edits zsre.json --edits counterfact.json --counts 1 20 100
 
 Several `--edits` files are mixed evenly. Every combination of the options is run once per repetition, each repetition
 on its own edits; a line of a Markdown table is printed per combination: the mean, and the range when it repeats.

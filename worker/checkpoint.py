@@ -83,7 +83,7 @@ def resolve_location(config: Mapping[str, Any], location: str) -> str:
 
 
 def parameter_shape(model_dir: Path, parameter: str) -> tuple[int, ...]:
-    """Return the shape of `parameter` (such as `model.layers.22.mlp.down_proj.weight`), from the file headers.
+    """Return the shape of `parameter` (such as `model.layers.24.mlp.down_proj.weight`), from the file headers.
 
     Raises UnknownLocationError when no safetensors file of the model has it.
     """

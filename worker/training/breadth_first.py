@@ -50,8 +50,8 @@ class TrainingConfig:
     likely, so greedy decoding says the whole target, also on a server whose log-probabilities differ by some 0.15.
 
     The step budget follows the number of edits: `max_epochs` passes, or as many more as it takes for `min_steps` steps,
-    because one edit makes one step an epoch, and a thousand make a hundred. `formats` None means all that the tokenizer
-    supports.
+    because one edit makes one step an epoch, and a thousand in two formats make two hundred. `formats` None means all
+    that the tokenizer supports.
     """
 
     learning_rate: float = 3e-3
