@@ -88,6 +88,11 @@ def test_vllms_own_flags_come_last(model_dir: Path) -> None:
     assert "VLLM_CPU_KVCACHE_SPACE" not in command.environ
 
 
+def test_a_node_never_runs_in_development_mode(model_dir: Path) -> None:
+    command = build_command(flags(model_dir), {**TOKEN, "VLLM_SERVER_DEV_MODE": "1"}, on_cpu=True)
+    assert command.environ["VLLM_SERVER_DEV_MODE"] == "0"
+
+
 def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:
     with pytest.raises(IncompleteEnvironmentError, match="ERRATA_NODE_TOKEN"):
         build_command(flags(model_dir), {}, on_cpu=True)

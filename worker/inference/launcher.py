@@ -107,6 +107,8 @@ def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, st
     variables = {
         "VLLM_PLUGINS": "errata",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        # Whatever the shell says: it would open routes that call any method of the engine.
+        "VLLM_SERVER_DEV_MODE": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
