@@ -113,6 +113,12 @@ class Settings(BaseModel):
             raise ValueError("edit_max_tokens must be at most half of max_model_len")
         return self
 
+    @model_validator(mode="after")
+    def _slots_are_in_host_memory_too(self) -> Self:
+        if self.node_slots > self.node_host_slots:
+            raise ValueError("node_slots must be at most node_host_slots")
+        return self
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Reads the environment; an empty variable is the default.

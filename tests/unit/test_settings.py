@@ -55,6 +55,11 @@ def test_an_edit_must_fit_the_node() -> None:
         Settings.from_env({"ERRATA_EDIT_MAX_TOKENS": "1500"})
 
 
+def test_a_version_on_the_device_is_in_host_memory_too() -> None:
+    with pytest.raises(ValidationError, match="node_slots must be at most node_host_slots"):
+        Settings.from_env({"ERRATA_NODE_HOST_SLOTS": "3"})
+
+
 @pytest.mark.parametrize(
     ("store", "url"),
     [("", "/state/versions"), ("/a", "/a"), ("b", f"{Path.cwd()}/b"), ("s3://bucket/c", "s3://bucket/c")],
