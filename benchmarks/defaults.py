@@ -115,7 +115,9 @@ def _mixed(files: Sequence[Sequence[EvaluationEdit]]) -> list[EvaluationEdit]:
 
 
 def _read_edits(path: Path) -> list[EvaluationEdit]:
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    lines = path.suffix == ".jsonl"
+    rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     return [_edit(f"{path.stem}:{number}", row) for number, row in enumerate(rows)]
 
 
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     usual = TrainingConfig()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults")
     parser.add_argument("--model", required=True, help="folder of the base model")
-    parser.add_argument("--edits", type=Path, action="append", required=True, help="JSON list of edits; repeatable")
+    parser.add_argument("--edits", type=Path, action="append", required=True, help="JSON list or JSON lines; repeatable")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 20, 100], help="sizes of the edit set")
     parser.add_argument("--locations", nargs="+", default=["auto"], help="tuned modules")
     parser.add_argument("--lrs", type=float, nargs="+", default=[usual.learning_rate], help="learning rates")
