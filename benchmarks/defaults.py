@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     usual = TrainingConfig()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults")
     parser.add_argument("--model", required=True, help="folder of the base model")
-    parser.add_argument("--edits", type=Path, action="append", required=True, help="JSON list or JSON lines; repeatable")
+    parser.add_argument("--edits", type=Path, action="append", required=True, help="JSON list or lines; repeatable")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 20, 100], help="sizes of the edit set")
     parser.add_argument("--locations", nargs="+", default=["auto"], help="tuned modules")
     parser.add_argument("--lrs", type=float, nargs="+", default=[usual.learning_rate], help="learning rates")
