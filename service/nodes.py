@@ -14,6 +14,9 @@ from service.settings import Settings
 _CONTROL_TIMEOUT_S = 15.0
 _ROUTES: Mapping[Format, str] = MappingProxyType({Format.RAW: "/v1/completions", Format.CHAT: "/v1/chat/completions"})
 
+# A model's own generation defaults (Qwen2.5 has a repetition penalty) are no part of a greedy answer.
+_GREEDY: Mapping[str, float] = MappingProxyType({"temperature": 0, "repetition_penalty": 1})
+
 
 def version_name(version: int) -> str:
     """The model name by which a node serves a version."""
@@ -93,7 +96,7 @@ class NodeClient:
             NodeRefusedError: the node refuses the request.
             UnavailableError: the node does not answer.
         """
-        body: dict[str, Any] = {"model": version_name(version), "temperature": 0, "max_tokens": max_tokens}
+        body: dict[str, Any] = {"model": version_name(version), "max_tokens": max_tokens, **_GREEDY}
         if form is Format.RAW:
             body["prompt"] = prompt
         else:

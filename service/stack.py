@@ -187,7 +187,7 @@ class Stack:
         if not settings.redis_url:
             started.append(programs.redis(self._home / "redis", redis_port, kept["SUPERVISOR_PASSWORD"]))
         if not settings.nodes:
-            started.append(programs.node(node_port, self._home / "node-cache"))
+            started.append(programs.node(node_port, Path(settings.node_cache or self._home / "node-cache")))
         say(f"starting {', '.join(sorted(program.name for program in started))} under {self._home}")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
         # Trainer and node share the cores: a thread that spins while it waits takes them from the other (record 0009).

@@ -57,7 +57,6 @@ def load_base(
     *,
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    trust_remote_code: bool = False,
 ) -> BaseModel:
     """Load a causal language model and freeze it.
 
@@ -66,7 +65,6 @@ def load_base(
         location: exact name of the tuned module or parameter, or "auto".
         device: torch device; by default the GPU if there is one, else the CPU.
         dtype: what the weights are kept and computed in.
-        trust_remote_code: whether the checkpoint's own Python code may run.
 
     Raises:
         LocationError: `location` matches no parameter, several, or one outside the decoder layers.
@@ -74,8 +72,8 @@ def load_base(
     """
     path = resolve_model(path_or_hub_id)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     nn.Module.to(model, target)
     return freeze_base(
         model,

@@ -4,6 +4,7 @@ It joins the pure parts (training, evaluation, delta) with the stores; it decide
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import threading
@@ -167,7 +168,9 @@ class Trainer:
     def _commit(self, run: Run, claim: Claim, config: TrainingConfig, result: TrainingResult, metrics: Metrics) -> None:
         registry = self.stores.registry
         version = registry.next_number()
-        info = self._info(version, parent=run.parent, run=_run_inputs(run, config, result), metrics=_summary(metrics))
+        info = self._info(
+            version, parent=run.parent, run=_run_inputs(self.base, run, config, result), metrics=_summary(metrics)
+        )
         manifest = self.versions.write(info, result.tensors, [_stored(edit) for edit in claim.members])
         before = set(registry.members(run.parent or 0))
         now = {self.stores.edits.sequence(edit.id) for edit in claim.members}
@@ -191,7 +194,9 @@ class Trainer:
         new = set(claim.claimed)
         tried = max((edit.attempts for edit in claim.members if edit.id in new), default=1)
         given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        return dataclasses.replace(TrainingConfig(), seed=self.settings.train_seed + tried - 1, **given)
+        return dataclasses.replace(
+            TrainingConfig(), seed=self.settings.train_seed + tried - 1, max_tokens=self.settings.max_model_len, **given
+        )
 
     def _cancelled(self, run: Run, lease: Lease) -> None:
         if lease.lost:
@@ -255,7 +260,7 @@ class Trainer:
         )
 
 
-def _run_inputs(run: Run, config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
+def _run_inputs(base: BaseModel, run: Run, config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
     """What the manifest keeps so that the run can be repeated bit for bit, and how it went."""
     return {
         "id": run.id,
@@ -264,9 +269,18 @@ def _run_inputs(run: Run, config: TrainingConfig, result: TrainingResult) -> dic
         "stopped": result.stopped,
         "steps": result.steps,
         "train_s": result.train_s,
+        "device": str(base.device),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "tokenizer_sha256": hashlib.sha256(_tokenizer_text(base).encode()).hexdigest(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def _tokenizer_text(base: BaseModel) -> str:
+    """What decides which tokens a run sees: vocabulary and merges, and the chat template."""
+    backend: Any = base.tokenizer
+    return f"{backend.backend_tokenizer.to_str()}\n{base.tokenizer.chat_template or ''}"
 
 
 def _summary(metrics: Metrics) -> dict[str, Any]:

@@ -171,13 +171,6 @@ def test_formats_can_be_chosen() -> None:
     assert run(tiny_base(), formats=(Format.RAW,), max_epochs=1).tokens < run(tiny_base(), max_epochs=1).tokens
 
 
-def test_weight_decay_pulls() -> None:
-    base = tiny_base()
-    (name,) = base.parameter_names
-    plain, decayed = (run(base, max_epochs=2, weight_decay=decay).tensors[name] for decay in (0.0, 1.0))
-    assert decayed.norm() < plain.norm()
-
-
 def test_an_edit_that_cannot_be_encoded_is_named() -> None:
     with pytest.raises(EncodingError, match="'bad'"):
         run(tiny_base(), [*EDITS, TrainingEdit("bad", "a", " ")])

@@ -60,7 +60,6 @@ class TrainingConfig:
     min_steps: int = 160
     loss_threshold: float = 1e-2
     token_threshold: float = 0.2
-    weight_decay: float = 0.0
     seed: int = 0
     formats: tuple[Format, ...] | None = None
     max_tokens: int = 1024
@@ -158,9 +157,7 @@ class _Learner:
         self._masters = {
             name: tensor.detach().float().clone().requires_grad_() for name, tensor in base.tuned_tensors().items()
         }
-        self._optimiser = torch.optim.Adam(
-            self._masters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self._optimiser = torch.optim.Adam(self._masters.values(), lr=config.learning_rate)
 
     def loss(self, batch: Sequence[TokenSequence]) -> BatchLoss:
         inputs = resume_batch(self._base, self._prefix, batch)
