@@ -112,7 +112,10 @@ class Stack:
             StackError: a process cannot be started, or the stack is not ready in time.
         """
         with _stop_signals():
-            process = self._bring_up(say)
+            try:
+                process = self._bring_up(say)
+            except KeyboardInterrupt:
+                return _INTERRUPTED
             if process is None or detach:
                 return 0
             try:
@@ -133,10 +136,7 @@ class Stack:
             record, process = self._start(say)
             try:
                 wait_until_ready(record.url, self._supervisor(record), process, say)
-            except KeyboardInterrupt as interrupt:
-                self._stop(process, say)
-                raise SystemExit(_INTERRUPTED) from interrupt
-            except ErrataError:
+            except (KeyboardInterrupt, ErrataError):
                 self._stop(process, say)
                 raise
             say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
