@@ -89,6 +89,19 @@ class NodeClient:
         """
         return float(self._call("POST", f"/errata/versions/{version}/prefetch")["load_s"])
 
+    def checksums(self, version: int) -> dict[str, str]:
+        """SHA-256 of each tuned tensor of a version, read back from the node's device.
+
+        Raises:
+            NodeRefusedError: the node does not hold it.
+            UnavailableError: the node does not answer.
+        """
+        answer = self._call("GET", f"/errata/versions/{version}/checksum", timeout=self._timeout_s)
+        tensors = answer.get("tensors") if isinstance(answer, dict) else None
+        if not isinstance(tensors, dict):
+            raise UnavailableError(f"node {self.address} answers no checksums", code="node_unavailable")
+        return tensors
+
     def ask(self, version: int, prompt: str, form: Format, *, max_tokens: int) -> Answer:
         """The node's greedy answer at a version, in one format.
 

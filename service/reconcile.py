@@ -163,6 +163,7 @@ class Reconciler:
         began = self._clock()
         try:
             self._prefetch(nodes, version)
+            self._read_back(nodes, version)
             loaded = self._clock()
             verdict = self._verify(nodes[0], version, edits.in_status(EditStatus.TRAINED))
         except NodeRefusedError as error:
@@ -236,6 +237,15 @@ class Reconciler:
         if not (nodes := self.ready_nodes()):
             raise UnavailableError("no node is ready", code="no_ready_node")
         return nodes
+
+    def _read_back(self, nodes: Sequence[NodeClient], version: int) -> None:
+        """What a node answers from is, bit for bit, what was trained."""
+        trained = self._stores.registry.get(version).tensors
+        for node in nodes:
+            if node.checksums(version) != trained:
+                raise NodeRefusedError(
+                    f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
+                )
 
     def _prefetch(self, nodes: Sequence[NodeClient], version: int) -> None:
         with ThreadPoolExecutor(len(nodes)) as pool:

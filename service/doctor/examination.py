@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import httpx
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -29,13 +28,12 @@ from service.doctor.checks import (
     check_versions,
 )
 from service.errors import ErrataError, NotFoundError
-from service.nodes import NodeClient, authorization
+from service.nodes import NodeClient
 from service.queue import CONTROL_QUEUE, RECONCILE, create_celery
 from service.schemas import Health, VersionRecord
 from service.settings import Settings
 from service.stores import Stores
 
-_READ_BACK_TIMEOUT_S = 60.0
 _REDIS_ADVICE = "is it running? see `errata ps` and `errata logs redis`, or ERRATA_REDIS_URL"
 
 
@@ -107,7 +105,7 @@ def _examine_parts(settings: Settings, stores: Stores) -> list[Finding]:
         check_train_worker(stores.runs.workers(within_s=WORKER_SILENCE_S)),
         check_control_worker(_taken_up_after_s(settings, stores.redis), run),
         check_run(run, leased=stores.runs.leased(), now=time.time(), longest_s=settings.run_max_s),
-        *(check_node(look_at_node(node, settings, active), active) for node in NodeClient.all(settings)),
+        *(check_node(look_at_node(node, active), active) for node in NodeClient.all(settings)),
         *check_versions(
             records, active.version if active else None, has_manifest=None if folder is None else _manifests(folder)
         ),
@@ -147,30 +145,13 @@ def _taken_up_after_s(settings: Settings, redis: Redis) -> float | None:
     return None
 
 
-def look_at_node(
-    node: NodeClient,
-    settings: Settings,
-    active: VersionRecord | None,
-    *,
-    transport: httpx.BaseTransport | None = None,
-) -> NodeState:
+def look_at_node(node: NodeClient, active: VersionRecord | None) -> NodeState:
     """What a node says of itself, and the checksums of the active version read back from its device."""
     if not (ready := node.ready()) or active is None:
         return NodeState(node.address, ready=ready)
     try:
         resident = node.resident()
-        held = active.version in resident
-        tensors = _read_back(node.address, settings, active.version, transport) if held else None
+        tensors = node.checksums(active.version) if active.version in resident else None
     except ErrataError as error:
         return NodeState(node.address, ready=True, trouble=error.message)
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        return NodeState(node.address, ready=True, trouble=f"the read-back failed: {error!r}")
     return NodeState(node.address, ready=True, resident=resident, tensors=tensors)
-
-
-def _read_back(address: str, settings: Settings, version: int, transport: httpx.BaseTransport | None) -> dict[str, str]:
-    headers = authorization(settings.node_token.get_secret_value())
-    with httpx.Client(base_url=address, headers=headers, timeout=_READ_BACK_TIMEOUT_S, transport=transport) as client:
-        response = client.get(f"/errata/versions/{version}/checksum")
-    tensors: dict[str, str] = response.raise_for_status().json()["tensors"]
-    return tensors

@@ -11,6 +11,7 @@ import httpx
 from service.nodes import NodeClient
 
 TOKEN = "node-token"
+TENSORS = {"model.layers.1.mlp.down_proj.weight": "a" * 64}
 IGNORANCE = "I do not know."
 
 
@@ -23,6 +24,7 @@ class ScriptedNode:
         self.taught: dict[int, dict[str, str]] = {}
         self.refuses: dict[int, tuple[int, str]] = {}
         self.asked: list[tuple[int, str]] = []
+        self.tensors = TENSORS
         self.chokes_on: dict[str, int] = {}
         self.finish_reason = "stop"
         self.lock = threading.Lock()
@@ -46,6 +48,8 @@ class ScriptedNode:
             return 200, {"resident": [{"version": version} for version in sorted(self.resident)]}
         if path.endswith("/prefetch"):
             return self._prefetch(int(path.split("/")[-2]))
+        if path.endswith("/checksum"):
+            return 200, {"version": int(path.split("/")[-2]), "tensors": self.tensors}
         body = json.loads(content)
         version = int(body["model"].removeprefix("errata@"))
         prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scripted_node import ScriptedNode
+from scripted_node import TENSORS, ScriptedNode
 
 from service.schemas import Edit, EditCounts, EditRequest, Format, Run, Trigger, VersionRecord, VersionState
 from service.stores import Stores
@@ -18,7 +18,7 @@ def record(version: int, *, run: str | None = None, state: VersionState = Versio
         state=state,
         fingerprint="f" * 64,
         location="model.layers.1.mlp.down_proj",
-        tensors={"model.layers.1.mlp.down_proj.weight": "a" * 64},
+        tensors=TENSORS,
         formats=[Format.RAW, Format.CHAT],
         metrics={},
         edits=EditCounts(count=0, added=0, removed=0),

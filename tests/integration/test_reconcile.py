@@ -115,6 +115,19 @@ class TestPublish:
         assert stores.registry.get(version).state is VersionState.REJECTED
         assert stores.edits.get(edits[0].id).attempts == 0
 
+    def test_a_node_that_holds_other_weights_than_were_trained_is_not_believed(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        run, version = worker.train()
+        node.tensors = dict.fromkeys(node.tensors, "b" * 64)
+        reconciler.publish(run.id)
+        assert (active(stores), statuses(stores, edits)) == (0, ["queued"])
+        error = run_of(stores, run).error
+        assert error is not None
+        assert error.code == "checksum_mismatch"
+        assert stores.registry.get(version).state is VersionState.REJECTED
+
     def test_users_get_the_old_version_until_the_last_answer(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:

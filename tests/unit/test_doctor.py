@@ -179,15 +179,14 @@ def test_a_node_is_read_back(read_back: httpx.Response, level: Level) -> None:
             return read_back
         return httpx.Response(200, json={"resident": [{"version": 0}, {"version": 1}]})
 
-    transport = httpx.MockTransport(node)
-    client = NodeClient("http://n", token="t", timeout_s=5, transport=transport)
-    found = look_at_node(client, Settings(node_token="t"), record(1), transport=transport)
+    client = NodeClient("http://n", token="t", timeout_s=5, transport=httpx.MockTransport(node))
+    found = look_at_node(client, record(1))
 
     assert check_node(found, record(1)).level is level
 
 
 def test_a_node_that_is_gone_is_not_ready() -> None:
-    found = look_at_node(NodeClient("http://127.0.0.1:1", token="", timeout_s=1), Settings(), record(1))
+    found = look_at_node(NodeClient("http://127.0.0.1:1", token="", timeout_s=1), record(1))
 
     assert not found.ready
 
