@@ -88,8 +88,10 @@ class VersionRegistry:
     def page(self, *, after: int | None, limit: int) -> tuple[list[VersionRecord], bool]:
         """Newest first, after the given number; and whether there are more."""
         top = "+inf" if after is None else f"({after}"
-        numbers = self._redis.zrevrangebyscore(self._keys.versions, top, "-inf", start=0, num=limit + 1)
-        found = [self.get(int(number)) for number in cast(list[str], numbers)]
+        rows = self._redis.zrevrangebyscore(self._keys.versions, top, "-inf", start=0, num=limit + 1)
+        numbers = cast(list[str], rows)
+        raws = self._redis.mget([f"{self._keys.version}{number}" for number in numbers]) if numbers else []
+        found = [VersionRecord.model_validate_json(raw) for raw in cast(list[str], raws)]
         return found[:limit], len(found) > limit
 
     def shown(self, record: VersionRecord, *, resident: Sequence[str] = ()) -> Version:
