@@ -66,7 +66,7 @@ class Settings(BaseModel):
         default=0.5, ge=0, le=1, description="Least share of the evaluated edits learned"
     )
     gate_min_locality: float = Field(default=0.0, ge=0, le=1, description="Least share of unrelated answers unchanged")
-    gate_max_perplexity_ratio: float = Field(default=2.0, gt=0, description="Most perplexity, as a ratio to the base's")
+    gate_max_perplexity_ratio: float = Field(default=3.0, gt=0, description="Most perplexity, as a ratio to the base's")
     verify_min_new: float = Field(
         default=0.5, ge=0, le=1, description="Least share of a version's new edits that a node must answer right"
     )
