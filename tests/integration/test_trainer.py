@@ -1,6 +1,7 @@
 """Trainer between a real Redis and a training that is only played: whatever ends a run, its edits are accounted for."""
 
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ def carry_out(
 ) -> Callable[..., Run]:
     """Carries out a run over what is queued, with something that happens while it trains or while it is evaluated."""
 
-    def run(*, training: Step = nothing, evaluating: Step = nothing, passed: bool = True) -> Run:
+    def run(*, training: Step = nothing, evaluating: Step = nothing, passed: bool = True, **changed: object) -> Run:
         def train(*_: Any, should_stop: Callable[[], bool], **__: Any) -> SimpleNamespace:
             training()
             if should_stop():
@@ -42,7 +43,7 @@ def carry_out(
         monkeypatch.setattr(worker_run, "train", train)
         monkeypatch.setattr(worker_run, "decide", lambda *_: decision)
         evaluator: Any = SimpleNamespace(evaluate=lambda *_: evaluating())
-        hasty = settings.model_copy(update={"run_lease_s": 0.2})
+        hasty = settings.model_copy(update={"run_lease_s": 0.2, **changed})
         played: Any = SimpleNamespace()
         trainer = Trainer(played, played, evaluator, played, stores, queue, hasty, threading.Event())
         monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self._hand_over(run, 1))
@@ -99,6 +100,14 @@ def test_a_run_that_fails_counts_an_attempt(stores: Stores, carry_out: Callable[
     assert ended.status is RunStatus.FAILED
     assert ended.error is not None
     assert str(error) in ended.error.message
+    assert found(stores, ids) == [("queued", 1)]
+
+
+def test_a_run_that_takes_too_long_fails_and_says_so(stores: Stores, carry_out: Callable[..., Run]) -> None:
+    ids = submit(stores, "a")
+    ended = carry_out(training=lambda: time.sleep(0.05), run_max_s=0.01)
+    assert ended.error is not None
+    assert (ended.status, ended.error.code) == (RunStatus.FAILED, "run_too_long")
     assert found(stores, ids) == [("queued", 1)]
 
 

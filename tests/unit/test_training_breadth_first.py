@@ -78,6 +78,22 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     assert not torch.equal(first.tensors[name], other.tensors[name])
 
 
+def test_a_low_mean_does_not_end_a_run_with_an_unlikely_token() -> None:
+    result = run(tiny_base(), max_epochs=3, min_steps=0, loss_threshold=1e9, token_threshold=1e-9)
+    assert (len(result.epochs), result.stopped) == (3, StopReason.BUDGET_SPENT)
+
+
+def test_another_seed_is_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for seed in (1, 2):
+        spy = BatchSpy(monkeypatch)
+        run(tiny_base(), seed=seed, max_epochs=2, batch_size=1, **NEVER_LEARNED)
+        orders.append([sequence.token_ids for batch in spy.batches for sequence in batch])
+        monkeypatch.undo()
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
 def test_the_seed_of_the_process_plays_no_part() -> None:
     base = tiny_base()
     (name,) = base.parameter_names
