@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-# Layer 24 of the default model's 30: of the depths measured (benchmarks/results/defaults.md) the one that generalizes
-# best among those that learn within the step budget. Other depths of other models are set by naming the module.
+# Layer 24 of the default model's 30: a narrow choice among the depths measured (benchmarks/results/defaults.md).
+# Other depths of other models are set by naming the module.
 _AUTO_DEPTH = (24, 30)
 
 
