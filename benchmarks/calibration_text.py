@@ -3,7 +3,8 @@
     .venv/bin/python -m benchmarks.calibration_text --model FOLDER --out worker/training/calibration.jsonl
 
 The model asks itself questions, from the chat template's text up to where the user's turn begins, and answers them;
-then it writes prose, each piece begun by one random word of its vocabulary. Everything is sampled with temperature 1
+then it writes pieces, each begun by one random word of its vocabulary or by one of `OPENINGS`, with which texts of many
+kinds begin. Everything is sampled with temperature 1
 and top-p 0.95, seed 0. Rows are {"prompt": question or null, "text": what it said}. To make it again gives texts of the
 same kind, not the same texts: a sample follows the last bits of a machine's arithmetic.
 """
@@ -28,6 +29,12 @@ BATCH = 64
 QUESTIONS, QUESTION_TOKENS, QUESTION_CHARS = 64, 60, range(8, 401)
 ANSWER_TOKENS = 120
 PIECES, PIECE_TOKENS, PIECE_CHARS = 96, 150, 40
+PIECES_PER_OPENING = 8
+OPENINGS = (
+    "Question:", "Problem:", "Q: How many", "A review of", "Review: The film", "How to", "Step 1:", "Recipe:", '"',
+    'She said, "', "def", "import", "In the news today,", "Abstract:", "Dear", "Theorem.", "The following list",
+    "Which of the following", "He looked at", "Chapter 1\n\n",
+)  # fmt: skip
 _MARK = "\0"
 
 
@@ -49,10 +56,17 @@ def main() -> None:
     print(f"{len(rows)} texts, {sum(row['prompt'] is not None for row in rows)} of them answers")
 
 
-def texts(base: BaseModel, shown: Progress, *, questions: int = QUESTIONS, pieces: int = PIECES) -> list[Row]:
+def texts(
+    base: BaseModel,
+    shown: Progress,
+    *,
+    questions: int = QUESTIONS,
+    pieces: int = PIECES,
+    per_opening: int = PIECES_PER_OPENING,
+) -> list[Row]:
     """Answers to the model's own questions, then prose. Seeds torch."""
     torch.manual_seed(0)
-    task = shown.add_task("questions", total=2 * questions + pieces)
+    task = shown.add_task("questions", total=2 * questions + pieces + per_opening * len(OPENINGS))
     asked: list[str] = []
     opening = _user_turn(base.tokenizer)
     for size in _batch_sizes(questions):
@@ -68,9 +82,11 @@ def texts(base: BaseModel, shown: Progress, *, questions: int = QUESTIONS, piece
         rows += [Row(prompt=question, text=text) for question, text in zip(batch, answers, strict=True) if text.strip()]
         shown.advance(task, len(batch))
     shown.update(task, description="prose")
-    words = beginnings(base.tokenizer, pieces)
-    for start in range(0, pieces, BATCH):
-        batch_ids = [[token] for token in words[start : start + BATCH]]
+    begun = [[token] for token in beginnings(base.tokenizer, pieces)]
+    openings = [opening for opening in OPENINGS for _ in range(per_opening)]
+    begun += [list(base.tokenizer(opening, add_special_tokens=False).input_ids) for opening in openings]
+    for start in range(0, len(begun), BATCH):
+        batch_ids = begun[start : start + BATCH]
         said = _sampled(base, batch_ids, PIECE_TOKENS)
         whole = [f"{base.tokenizer.decode(ids)}{text}" for ids, text in zip(batch_ids, said, strict=True)]
         rows += [Row(prompt=None, text=text) for text in whole if len(text) > PIECE_CHARS]

@@ -76,7 +76,7 @@ def options(**given: object) -> argparse.Namespace:
 
 
 def test_settings_are_every_combination_and_the_papers(bench: Bench) -> None:
-    given = options(preserve=[0.0, 0.1], lrs=[5e-3, 3e-3], plain=[3e-3], max_epochs=7)
+    given = options(preserve=[0.0, 0.1], lrs=[1e-2, 3e-3], plain=[3e-3], max_epochs=7)
     found = {setting.name: setting.config for setting in frontier.settings(given, bench)}
     assert list(found) == [
         "defaults, preserve 0",
@@ -191,13 +191,14 @@ def test_calibration_text_is_what_the_model_says(shown: Progress) -> None:
         calibration_text.beginnings(base.tokenizer, 2)
 
     def rows() -> Sequence[calibration_text.Row]:
-        return calibration_text.texts(base, shown, questions=4, pieces=1)
+        return calibration_text.texts(base, shown, questions=4, pieces=1, per_opening=1)
 
     first = rows()
     assert first == rows()
     answers = [row for row in first if row["prompt"] is not None]
     assert answers and all(len(row["prompt"] or "") in calibration_text.QUESTION_CHARS for row in answers)
-    assert all(row["text"].startswith("The") for row in first if row["prompt"] is None)
+    begun = tuple("The" if opening is None else opening.strip() for opening in (None, *calibration_text.OPENINGS))
+    assert all(row["text"].startswith(begun) for row in first if row["prompt"] is None)
 
 
 @pytest.fixture

@@ -317,6 +317,42 @@ def test_arrivals_get_a_whole_budget() -> None:
     assert [report.sequences for report in result.epochs] == [4, 4, 6, 6, 6, 6]
 
 
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rates of the steps that were taken."""
+    taken: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW) -> None:
+        taken.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return taken
+
+
+@pytest.mark.parametrize(("min_steps", "expected"), [(0, [1.0, 0.6]), (4, [1.0, 0.8, 0.6, 0.4])])
+def test_the_learning_rate_falls_over_the_budget(rates: list[float], min_steps: int, expected: list[float]) -> None:
+    settings = {**NEVER_LEARNED, "min_steps": min_steps, "max_epochs": 2}
+    run(tiny_base(), batch_size=10, learning_rate=1e-3, final_rate=0.2, **settings)
+    assert rates == pytest.approx([share * 1e-3 for share in expected])
+
+
+def test_arrivals_are_learned_at_the_whole_rate(rates: list[float]) -> None:
+    base = tiny_base()
+    arriving = iter([(), (), EDITS[2:]])
+    settings = config(batch_size=10, final_rate=0.2, **{**NEVER_LEARNED, "max_epochs": 4}, learning_rate=1e-3)
+    train(base, EDITS[:2], settings, prefix=PrefixCache(), hooks=Hooks(arrivals=lambda: next(arriving, ())))
+    assert rates == pytest.approx([share * 1e-3 for share in (1.0, 0.8, 1.0, 0.8, 0.6, 0.4)])
+
+
+def test_every_batch_of_a_depth_first_run_is_learned_at_the_whole_rate(rates: list[float]) -> None:
+    settings = {**NEVER_LEARNED, "max_epochs": 3, "pipeline": Pipeline.DEPTH_FIRST}
+    run(tiny_base(), batch_size=3, learning_rate=1e-3, final_rate=0.2, **settings)
+    assert len(rates) > 3
+    assert rates == pytest.approx([1e-3] * len(rates))
+
+
 def test_depth_first_fills_its_batches_with_several_edits(batches: list[list[TokenSequence]]) -> None:
     run(tiny_base(), pipeline=Pipeline.DEPTH_FIRST, batch_size=4, max_epochs=2)
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2, 2]

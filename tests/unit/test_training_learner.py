@@ -156,6 +156,22 @@ def test_what_decays_is_the_update_and_not_the_tensor() -> None:
     torch.testing.assert_close(kept.updates[name], free.updates[name] - 0.9 * 0.5 * first)
 
 
+def test_what_decays_does_not_depend_on_the_learning_rate() -> None:
+    base = tiny_base()
+    (name,) = base.parameter_names
+    decayed = []
+    for progress in (0.0, 1.0):
+        made = learner(base, decay=0.25, final_rate=0.1, **NEVER)
+        made.slow_down(progress)
+        with torch.no_grad():
+            made.updates[name].fill_(1.0)
+        made.optimiser.param_groups[0]["lr"] *= 1e-6  # so that the step itself is nothing
+        made.visit(batch_of(base))
+        decayed.append(made.updates[name].detach())
+    for update in decayed:
+        torch.testing.assert_close(update, torch.full_like(update, 0.75), rtol=1e-4, atol=1e-4)
+
+
 def test_a_factor_shapes_the_update() -> None:
     base = tiny_base()
     (name,) = base.parameter_names

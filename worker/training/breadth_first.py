@@ -187,18 +187,28 @@ class _Run:
 
     @property
     def spent(self) -> bool:
-        """Whether the budget is used up; it begins anew when edits join."""
+        """Whether the budget is used up."""
+        return self._progress >= 1
+
+    @property
+    def _progress(self) -> float:
+        """Which part of the budget is used up, 1 for all of it; it begins anew when edits join.
+
+        Depth-first has a budget for each batch, not for the run.
+        """
         if self._config.pipeline == Pipeline.DEPTH_FIRST:
-            return self._schedule.finished
+            return float(self._schedule.finished)
         reports = [report for report in self.reports if report.sequences == len(self.sequences)]
         batches = sum(report.batches for report in reports)
-        return len(reports) >= self._config.max_epochs and batches >= self._config.min_steps
+        by_epochs = len(reports) / self._config.max_epochs
+        return min(by_epochs, batches / self._config.min_steps) if self._config.min_steps else by_epochs
 
     def epoch(self, should_stop: Callable[[], bool]) -> EpochReport:
         """Visit what the schedule says; tells it what was found."""
         started = time.perf_counter()
         self._prefix.fill(self._base, self._ranks.share(self.sequences[self._filled :]), should_stop)
         self._filled = len(self.sequences)
+        self.learner.slow_down(self._progress)
         batches = self._schedule.epoch()
         visits: list[Losses] = []
         for batch in batches:

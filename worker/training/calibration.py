@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from worker.training.encode import TokenSequence, prompt_token_ids, supported_formats
 
-_FILE = Path(__file__).with_name("calibration.jsonl")
+_FILES = tuple(Path(__file__).with_name(f"calibration{name}.jsonl") for name in ("", "_wikipedia"))
 
 
 def calibration_sequences(tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
@@ -35,7 +35,7 @@ def random_prefixes(count: int) -> tuple[str, ...]:
 
 def calibration_sha256() -> str:
     """The sha256, in hex, of the text."""
-    return hashlib.sha256(_FILE.read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 
 def _sequences(tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
@@ -48,5 +48,6 @@ def _sequences(tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
 
 @cache
 def _rows() -> tuple[tuple[str | None, str], ...]:
-    rows = map(json.loads, _FILE.read_text(encoding="utf-8").splitlines())
+    lines = (line for file in _FILES for line in file.read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, lines)
     return tuple((row["prompt"], row["text"]) for row in rows)

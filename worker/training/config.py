@@ -34,6 +34,9 @@ class TrainingConfig:
     when none is left a sweep checks all at fixed weights, and what it finds forgotten is trained again. Without it,
     every epoch visits all, as in the paper, and the run ends when an epoch is learned.
 
+    The learning rate falls in a line, over the budget, to `final_rate` of itself: large steps learn the edits, small
+    ones keep them while the decay takes back what they do not need.
+
     The budget follows the number of edits: `max_epochs` passes, or as many more as it takes for `min_steps` batches,
     because one edit makes one batch an epoch, and a thousand in two formats make two hundred.
 
@@ -44,16 +47,17 @@ class TrainingConfig:
     (appendix A.4). `formats` None means all that the tokenizer supports.
     """
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
+    final_rate: float = 0.05
     batch_size: int = 20
-    max_epochs: int = 40
+    max_epochs: int = 60
     min_steps: int = 160
     loss_threshold: float = 0.1
     token_threshold: float = 0.3
     pipeline: Pipeline = Pipeline.BREADTH_FIRST
     skip_learned: bool = True
     preserve: float = 0.1
-    decay: float = 0.03
+    decay: float = 0.05
     beta2: float = 0.95
     random_prefixes: int = 0
     seed: int = 0
@@ -61,7 +65,7 @@ class TrainingConfig:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "max_epochs", "max_tokens"):
+        for name in ("learning_rate", "final_rate", "batch_size", "max_epochs", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("min_steps", "loss_threshold", "token_threshold", "preserve", "decay", "random_prefixes"):
@@ -83,6 +87,7 @@ class TrainingConfig:
 
 PLAIN = TrainingConfig(
     learning_rate=5e-4,
+    final_rate=1.0,
     batch_size=100,
     max_epochs=25,
     min_steps=0,

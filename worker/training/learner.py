@@ -85,9 +85,15 @@ class Learner:
         self._step(stepped, decay=self._config.decay * share)
         return Losses(per_sequence, worst_token, stepped)
 
+    def slow_down(self, progress: float) -> None:
+        """Set the learning rate for what comes, at this part of the budget, from 0 to 1."""
+        share = 1 - (1 - self._config.final_rate) * min(progress, 1)
+        (group,) = self.optimiser.param_groups
+        group["lr"] = self._config.learning_rate * share
+
     def _step(self, wanted: Tensor, *, decay: float) -> None:
         (group,) = self.optimiser.param_groups
-        group["weight_decay"] = decay / self._config.learning_rate  # AdamW takes back their product
+        group["weight_decay"] = decay / group["lr"]  # AdamW takes back their product
         # What torch.amp.GradScaler sets on an optimiser that can skip a step by itself.
         vars(self.optimiser).update(grad_scale=None, found_inf=(~wanted).float())
         self.optimiser.step()
