@@ -54,7 +54,9 @@ class Settings(BaseModel):
         default=None, gt=0, description="Adam's step size; empty: measured default"
     )
     train_batch_size: int | None = Field(default=None, ge=1, description="Sequences per step; empty: measured default")
-    train_max_epochs: int | None = Field(default=None, ge=1, description="Bound on epochs; empty: measured default")
+    train_max_epochs: int | None = Field(
+        default=None, ge=1, description="Bound on visits per sequence; empty: measured default"
+    )
     train_preserve: float | None = Field(
         default=None, ge=0, description="Strength of preservation, 0 for none; empty: measured default"
     )

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training_options(group: Any) -> None:
     group.add_argument("--lr", type=float, metavar="X", help="Adam's step size")
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences per step")
-    group.add_argument("--epochs", type=int, metavar="N", help="most epochs")
+    group.add_argument("--epochs", type=int, metavar="N", help="most epochs, counted in visits per edit")
     group.add_argument("--loss-threshold", type=float, metavar="X", help="learned: mean loss under it, nats")
     group.add_argument("--token-threshold", type=float, metavar="X", help="learned: worst token under it, nats")
     group.add_argument("--pipeline", choices=tuple(Pipeline), help="order of training")

@@ -181,6 +181,17 @@ def test_the_budget_follows_the_number_of_edits(min_steps: int, epochs: int) -> 
     assert result.stopped is StopReason.BUDGET_SPENT
 
 
+def test_the_budget_is_of_visits() -> None:
+    contradiction = [TrainingEdit("yes", "which?", "this"), TrainingEdit("no", "which?", "that")]
+    result = run(
+        tiny_base(**ROOMY), [*EDITS, *contradiction], batch_size=2, **{**LEARNS, "max_epochs": 30, "min_steps": 0}
+    )
+    visited = [report.visited for report in result.epochs]
+    assert result.stopped is StopReason.BUDGET_SPENT
+    assert sum(visited[:-1]) < 30 * 14 <= sum(visited)
+    assert len(visited) > 33
+
+
 def test_each_epoch_is_reported_when_it_ends() -> None:
     reports: list[EpochReport] = []
     hooks = Hooks(on_epoch=reports.append)

@@ -200,8 +200,8 @@ class _Run:
             return float(self._schedule.finished)
         reports = [report for report in self.reports if report.sequences == len(self.sequences)]
         batches = sum(report.batches for report in reports)
-        by_epochs = len(reports) / self._config.max_epochs
-        return min(by_epochs, batches / self._config.min_steps) if self._config.min_steps else by_epochs
+        by_visits = sum(report.visited for report in reports) / (self._config.max_epochs * len(self.sequences))
+        return min(by_visits, batches / self._config.min_steps) if self._config.min_steps else by_visits
 
     def epoch(self, should_stop: Callable[[], bool]) -> EpochReport:
         """Visit what the schedule says; tells it what was found."""

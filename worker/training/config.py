@@ -34,11 +34,12 @@ class TrainingConfig:
     when none is left a sweep checks all at fixed weights, and what it finds forgotten is trained again. Without it,
     every epoch visits all, as in the paper, and the run ends when an epoch is learned.
 
-    The learning rate falls in a line, over the budget, to `final_rate` of itself: large steps learn the edits, small
-    ones keep them while the decay takes back what they do not need.
+    The learning rate falls in a line, over the budget, to `final_rate` of itself, and the decay with it: what the two
+    decide last is decided in favour of the edits.
 
-    The budget follows the number of edits: `max_epochs` passes, or as many more as it takes for `min_steps` batches,
-    because one edit makes one batch an epoch, and a thousand in two formats make two hundred.
+    The budget follows the number of edits: `max_epochs` visits a sequence on average, so that an epoch that visits a
+    tenth of them uses up a tenth, or as many more as it takes for `min_steps` batches, because one edit makes one batch
+    an epoch, and a thousand in two formats make two hundred.
 
     `preserve` is the strength of preservation (worker.training.preserve), 0 for none. `decay` is which part of the
     update a pass over all sequences takes back, in equal steps: what no edit needs, goes. A short second-moment memory
@@ -50,14 +51,14 @@ class TrainingConfig:
     learning_rate: float = 1e-2
     final_rate: float = 0.05
     batch_size: int = 20
-    max_epochs: int = 60
+    max_epochs: int = 20
     min_steps: int = 160
     loss_threshold: float = 0.1
     token_threshold: float = 0.3
     pipeline: Pipeline = Pipeline.BREADTH_FIRST
     skip_learned: bool = True
     preserve: float = 0.1
-    decay: float = 0.05
+    decay: float = 0.08
     beta2: float = 0.95
     random_prefixes: int = 0
     seed: int = 0

@@ -93,7 +93,8 @@ class Learner:
 
     def _step(self, wanted: Tensor, *, decay: float) -> None:
         (group,) = self.optimiser.param_groups
-        group["weight_decay"] = decay / group["lr"]  # AdamW takes back their product
+        # AdamW takes back the product with the rate, so that the decay falls with the rate.
+        group["weight_decay"] = decay / self._config.learning_rate
         # What torch.amp.GradScaler sets on an optimiser that can skip a step by itself.
         vars(self.optimiser).update(grad_scale=None, found_inf=(~wanted).float())
         self.optimiser.step()
