@@ -1,5 +1,6 @@
 """Preservation against computations by hand and by the whole model, text by text."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 from tiny_models import FAMILIES, down_projection, tiny_base
 from torch import Tensor
 
+from service.schemas import Format
 from worker.model import BaseModel
+from worker.training import calibration
 from worker.training.breadth_first import TrainingResult, train
 from worker.training.calibration import calibration_sequences
 from worker.training.config import TrainingConfig
-from worker.training.encode import TokenSequence, TrainingEdit
+from worker.training.encode import TokenSequence, TrainingEdit, prompt_token_ids
 from worker.training.prefix import PrefixCache
 from worker.training.preserve import Preservation, factors, input_covariances
 
@@ -119,13 +122,18 @@ def test_an_update_is_kept_away_from_what_ordinary_text_uses_and_the_edits_are_l
     assert loudness(base, kept, covariance) < loudness(base, free, covariance) / 5
 
 
-def test_the_shipped_text_is_of_every_format_and_has_targets() -> None:
+def test_the_shipped_text_is_of_every_origin_and_format() -> None:
     base = tiny_base()
     sequences = calibration_sequences(base.tokenizer)
-    assert len(sequences) > 20
-    assert all(sequence.target_tokens > 0 for sequence in sequences)
-    assert any(sequence.prompt_tokens > 1 for sequence in sequences)
-    assert any(sequence.prompt_tokens == 1 for sequence in sequences)
+    texts = [base.tokenizer.decode(sequence.token_ids) for sequence in sequences]
+    assert len(texts) > 250
+    assert all(sequence.target_tokens == 1 for sequence in sequences)
+    turn = base.tokenizer.decode(prompt_token_ids(base.tokenizer, "?", Format.CHAT)).partition("?")[0]
+    chats = sum(text.startswith(turn) for text in texts)
+    assert 10 < chats < len(texts) - 200
+    for file in ("calibration.jsonl", "calibration_wikipedia.jsonl"):
+        row = json.loads((Path(calibration.__file__).parent / file).read_text(encoding="utf-8").splitlines()[-1])
+        assert row["text"] in texts
 
 
 @pytest.mark.usefixtures("texts")

@@ -16,9 +16,9 @@ _FILES = tuple(Path(__file__).with_name(f"calibration{name}.jsonl") for name in 
 def calibration_sequences(tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
     """The text as token sequences: answers behind their questions in the chat format, if there is one; prose as is.
 
-    Every token behind a question, or behind prose's first, counts as a target.
+    It is for reading, not for predicting: only the last token of each counts as a target.
     """
-    return [sequence for sequence in _sequences(tokenizer) if sequence.target_tokens > 0]
+    return [TokenSequence(ids, len(ids) - 1) for ids in _token_ids(tokenizer) if len(ids) > 1]
 
 
 def random_prefixes(count: int) -> tuple[str, ...]:
@@ -38,12 +38,12 @@ def calibration_sha256() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 
-def _sequences(tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenSequence]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
     format_ = supported_formats(tokenizer)[-1]
     for prompt, text in _rows():
         before = prompt_token_ids(tokenizer, prompt, format_) if prompt else []
         ids = tokenizer(text, add_special_tokens=not prompt).input_ids
-        yield TokenSequence((*before, *ids), len(before) or 1)
+        yield (*before, *ids)
 
 
 @cache
