@@ -58,7 +58,7 @@ class TrainingConfig:
     pipeline: Pipeline = Pipeline.BREADTH_FIRST
     skip_learned: bool = True
     preserve: float = 0.1
-    decay: float = 0.08
+    decay: float = 0.06
     beta2: float = 0.95
     random_prefixes: int = 0
     seed: int = 0
