@@ -51,14 +51,14 @@ class TrainingConfig:
     learning_rate: float = 1e-2
     final_rate: float = 0.05
     batch_size: int = 20
-    max_epochs: int = 20
+    max_epochs: int = 30
     min_steps: int = 160
     loss_threshold: float = 0.1
     token_threshold: float = 0.3
     pipeline: Pipeline = Pipeline.BREADTH_FIRST
     skip_learned: bool = True
     preserve: float = 0.1
-    decay: float = 0.06
+    decay: float = 0.05
     beta2: float = 0.95
     random_prefixes: int = 0
     seed: int = 0
