@@ -144,9 +144,12 @@ def tuned_of(kind: Kind, seed: int) -> dict[str, Tensor]:
 DOWN = Kind(RowParallelLinear, "down_proj", ("down_proj",), ("down_proj",))
 
 
+MIXED = [1, BASE, 0, 1, BASE, 2, 0]
+
+
+@pytest.mark.parametrize("slot_of_token", [MIXED, [1, 0, 1], [2, 2, 2], [BASE, BASE]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_is_computed_by_its_own_version(kind: Kind) -> None:
-    slot_of_token = [1, BASE, 0, 1, BASE, 2, 0]
+def test_every_token_is_computed_by_its_own_version(kind: Kind, slot_of_token: list[int]) -> None:
     layer = versioned(kind, slot_of_token)
     for slot in range(SLOTS):
         set_version(layer, kind, slot, seed=slot + 1)
@@ -157,6 +160,29 @@ def test_every_token_is_computed_by_its_own_version(kind: Kind) -> None:
     torch.testing.assert_close(layer.apply(x, bias), expected)
     # The transformers backend adds a dimension in front.
     torch.testing.assert_close(layer.apply(x.unsqueeze(0), bias), expected.unsqueeze(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slot_that_no_token_uses_is_not_computed(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = versioned(kind, MIXED[:3])
+    set_version(layer, kind, 0, seed=1)
+    multiplied: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        multiplied.append(weight.data_ptr())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(layer_module.F, "linear", counted)
+    layer.apply(random(3, IN, seed=9))
+    base = layer.base_layer.weight.data_ptr()
+    assert multiplied == [base, *(layer.slots[slot].data_ptr() for slot in (0, 1))]
+
+    multiplied.clear()
+    layer.set_mapping(SimpleNamespace(_token_lora_indices=torch.tensor([2, 2])))
+    layer.apply(random(2, IN, seed=9))
+    needs_base = [] if len(kind.tuned) == len(kind.members) else [base]
+    assert multiplied == [*needs_base, layer.slots[2].data_ptr()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

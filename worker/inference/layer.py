@@ -24,6 +24,8 @@ from vllm.model_executor.layers.linear import (
 
 from worker.inference.fused import FUSED, matrices_of
 
+_BASE = -1  # vLLM's mark of a token without an adapter
+
 
 @dataclass(frozen=True)
 class Part:
@@ -105,20 +107,48 @@ class VersionedLinear(BaseLinearLayerWithLoRA):
 
     @override
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]  # as vLLM does
-        """Return `[…, tokens, out]` for `x`, `[…, tokens, in]`: each token by its version's matrices or by the base.
-
-        Every slot is computed for every token, which keeps the graph static for compilation and CUDA graphs.
-        """
-        output: Tensor = self._get_quant_method().apply(self.base_layer, x, bias)
+        """Return `[…, tokens, out]` for `x`, `[…, tokens, in]`: each token by its version's matrices or by the base."""
         tokens = x.numel() // x.size(-1)
-        slot_of_token = self.punica_wrapper._token_lora_indices[:tokens].view(*x.shape[:-1], 1)
-        first, end = self._first_row, self._first_row + self.slots.size(1)
-        tuned, bias = output[..., first:end], bias if bias is None else bias[first:end]
+        slot_of_token = self.punica_wrapper._token_lora_indices[:tokens]
+        # Looking at which slots a batch uses costs a CPU nothing. A compiled or captured graph has no such choice, and
+        # a GPU would have to wait for the answer.
+        if x.is_cpu and not torch.compiler.is_compiling():
+            return self._by_slots_in_use(x.reshape(tokens, -1), bias, slot_of_token).view(*x.shape[:-1], -1)
+        return self._by_all_slots(x, bias, slot_of_token.view(*x.shape[:-1], 1))
+
+    def _by_slots_in_use(self, x: Tensor, bias: Tensor | None, slot_of_token: Tensor) -> Tensor:
+        """Return `[tokens, out]` for `x`, `[tokens, in]`; a matrix that no token needs is not multiplied."""
+        first, end, of_tuned = self._tuned_rows(bias)
+        whole = end - first == sum(self._output_locals)
+        in_use = slot_of_token.unique().tolist()
+        if whole and len(in_use) == 1 and in_use != [_BASE]:
+            return F.linear(x, self.slots[in_use[0]], bias)
+        output: Tensor
+        if whole and _BASE not in in_use:
+            output = x.new_empty(x.size(0), end)
+        else:
+            output = self._get_quant_method().apply(self.base_layer, x, bias)
+        for slot in in_use:
+            if slot != _BASE:
+                rows = (slot_of_token == slot).nonzero().squeeze(1)
+                output[rows, first:end] = F.linear(x[rows], self.slots[slot], of_tuned)
+        return output
+
+    def _by_all_slots(self, x: Tensor, bias: Tensor | None, slot_of_token: Tensor) -> Tensor:
+        """Return `[…, tokens, out]` for `x`, `[…, tokens, in]`, by the same operations whatever slots are in use."""
+        output: Tensor = self._get_quant_method().apply(self.base_layer, x, bias)
+        first, end, bias = self._tuned_rows(bias)
+        tuned = output[..., first:end]
         for slot in range(self.slots.size(0)):
             tuned = torch.where(slot_of_token == slot, F.linear(x, self.slots[slot], bias), tuned)
         if tuned.size(-1) == output.size(-1):
             return tuned
         return torch.cat((output[..., :first], tuned, output[..., end:]), dim=-1)
+
+    def _tuned_rows(self, bias: Tensor | None) -> tuple[int, int, Tensor | None]:
+        """Return the first of the tuned rows, the one after the last, and the bias of those between."""
+        first, end = self._first_row, self._first_row + self.slots.size(1)
+        return first, end, bias if bias is None else bias[first:end]
 
     def read_slot(self, index: int) -> dict[str, Tensor]:
         """Return the whole matrices `[out, in]` in slot `index` by parameter name.
