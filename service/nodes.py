@@ -78,7 +78,15 @@ class NodeClient:
         Raises:
             UnavailableError: the node does not answer.
         """
-        return [entry["version"] for entry in self._call("GET", "/errata/versions")["resident"]]
+        return [entry["version"] for entry in self._held()]
+
+    def in_slots(self) -> list[int]:
+        """Numbers of the versions that are on the node's device, not in its host memory only.
+
+        Raises:
+            UnavailableError: the node does not answer.
+        """
+        return [entry["version"] for entry in self._held() if entry["slot"] is not None]
 
     def prefetch(self, version: int) -> float:
         """Makes the node hold a version; returns the seconds that loading took.
@@ -88,6 +96,15 @@ class NodeClient:
             UnavailableError: the node does not answer.
         """
         return float(self._call("POST", f"/errata/versions/{version}/prefetch")["load_s"])
+
+    def evict(self, version: int) -> None:
+        """Makes the node forget a version; the next request for it loads it again, verified.
+
+        Raises:
+            NodeRefusedError: the node does not hold it.
+            UnavailableError: the node does not answer.
+        """
+        self._send("DELETE", f"/errata/versions/{version}")
 
     def checksums(self, version: int) -> dict[str, str]:
         """SHA-256 of each tuned tensor of a version, read back from the node's device.
@@ -118,7 +135,17 @@ class NodeClient:
         text = choice["text"] if form is Format.RAW else choice["message"]["content"]
         return Answer(text or "", choice["finish_reason"])
 
+    def _held(self) -> list[dict[str, Any]]:
+        held: list[dict[str, Any]] = self._call("GET", "/errata/versions")["resident"]
+        return held
+
     def _call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            return self._send(method, path, **options).json()
+        except ValueError as error:
+            raise UnavailableError(f"node {self.address} answers no JSON", code="node_unavailable") from error
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
@@ -127,10 +154,7 @@ class NodeClient:
             ) from error
         if not response.is_success:
             self._refuse(response)
-        try:
-            return response.json()
-        except ValueError as error:
-            raise UnavailableError(f"node {self.address} answers no JSON", code="node_unavailable") from error
+        return response
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
         try:

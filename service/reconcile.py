@@ -18,6 +18,7 @@ from service.queue import TaskQueue
 from service.registry import OvertakenError
 from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
+from service.slots import SlotCheck
 from service.stores import Stores
 from service.triggers import RECENT_RUNS, due
 from service.verification import Demand, Verdict, sample, verify
@@ -47,6 +48,7 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._seen_ready: set[str] = set()
+        self._slots = SlotCheck(stores.registry, stores.events, every_s=settings.node_check_s)
 
     def ready_nodes(self) -> list[NodeClient]:
         """The nodes that serve now."""
@@ -125,6 +127,7 @@ class Reconciler:
         self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
+        self._slots.look(self.ready_nodes())
 
     def pull(self) -> None:
         """Requests a run if the trigger says so."""

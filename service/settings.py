@@ -42,6 +42,9 @@ class Settings(BaseModel):
     node_host_slots: int = Field(default=16, ge=2, description="Versions that a node holds in host memory")
     node_cache: str = Field(default="", description="A node's folder for verified local copies of versions")
     node_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer of a node, seconds")
+    node_check_s: float = Field(
+        default=60.0, gt=0, description="A node's slots are read back in turn, one every so many seconds"
+    )
     max_model_len: int = Field(default=2048, ge=64, description="Context length of the embedded node, tokens")
 
     trigger: Trigger = Field(default=Trigger.IMMEDIATE, description="What starts runs")

@@ -25,6 +25,10 @@ class ScriptedNode:
         self.refuses: dict[int, tuple[int, str]] = {}
         self.asked: list[tuple[int, str]] = []
         self.tensors = TENSORS
+        self.slots: set[int] = set()
+        self.damaged: set[int] = set()
+        self.reloads_damaged = False
+        self.read_back: list[int] = []
         self.chokes_on: dict[str, int] = {}
         self.finish_reason = "stop"
         self.lock = threading.Lock()
@@ -45,11 +49,14 @@ class ScriptedNode:
         if path == "/health":
             return 200, {}
         if path == "/errata/versions":
-            return 200, {"resident": [{"version": version} for version in sorted(self.resident)]}
+            held = [(version, 0 if version in self.slots else None) for version in sorted(self.resident)]
+            return 200, {"resident": [{"version": version, "slot": slot} for version, slot in held]}
         if path.endswith("/prefetch"):
             return self._prefetch(int(path.split("/")[-2]))
         if path.endswith("/checksum"):
-            return 200, {"version": int(path.split("/")[-2]), "tensors": self.tensors}
+            return 200, self._checksum(int(path.split("/")[-2]))
+        if method == "DELETE":
+            return self._evict(int(path.rpartition("/")[2]))
         body = json.loads(content)
         version = int(body["model"].removeprefix("errata@"))
         prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
@@ -62,6 +69,18 @@ class ScriptedNode:
         said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
 
+    def _checksum(self, version: int) -> dict[str, object]:
+        self.read_back.append(version)
+        damaged = {name: "f" * 64 for name in self.tensors}
+        return {"version": version, "tensors": damaged if version in self.damaged else self.tensors}
+
+    def _evict(self, version: int) -> tuple[int, object]:
+        self.resident.discard(version)
+        self.slots.discard(version)
+        if not self.reloads_damaged:
+            self.damaged.discard(version)
+        return 204, None
+
     def _prefetch(self, version: int) -> tuple[int, object]:
         if version in self.refuses:
             status, code = self.refuses[version]
@@ -69,6 +88,7 @@ class ScriptedNode:
                 "error": {"message": f"version {version} refused", "type": "t", "param": None, "code": code}
             }
         self.resident.add(version)
+        self.slots.add(version)
         return 200, {"version": version, "load_s": 0.01}
 
 
