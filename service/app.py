@@ -11,7 +11,8 @@ from redis.asyncio import Redis as AsyncRedis
 from service.api import edits, events, health, runs, versions
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
-from service.api.middleware import BodyLimit, RequestId
+from service.api.middleware import BodyLimit, ClientPace, RequestId
+from service.draining import stop_announced
 from service.events import BLOCK_S
 from service.gateway import router as gateway
 from service.gateway.proxy import Proxy
@@ -46,16 +47,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3, max_connections=_MAX_WAITING
         )
         queue = TaskQueue(create_celery(chosen), stores.redis)
-        app.state.parts = Parts(
-            settings=chosen,
-            stores=stores,
-            reconciler=Reconciler(stores, NodeClient.all(chosen), queue, chosen),
-            checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
-            async_redis=async_redis,
-        )
         app.state.proxy = Proxy.of(chosen)
         await app.state.proxy.start()
-        yield
+        with stop_announced() as stopping:
+            app.state.parts = Parts(
+                settings=chosen,
+                stores=stores,
+                reconciler=Reconciler(stores, NodeClient.all(chosen), queue, chosen),
+                checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
+                async_redis=async_redis,
+                stopping=stopping,
+            )
+            yield
         await app.state.proxy.stop()
         await async_redis.aclose()
         stores.redis.close()
@@ -68,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
+    app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
     app.add_middleware(RequestId)
     for router in (edits.router, versions.router, runs.router, events.router, health.router, gateway.router):
         app.include_router(router)

@@ -91,3 +91,30 @@ class UnavailableError(ErrataError):
     status = 503
     type = "unavailable_error"
     default_code = "unavailable"
+
+
+class NodeTimeoutError(ErrataError):
+    """A node took the request and did not answer in time."""
+
+    status = 504
+    type = "unavailable_error"
+    default_code = "node_timeout"
+
+
+class ClientTooSlowError(InvalidRequestError):
+    """The client stopped in the middle of its request."""
+
+    status = 408
+    default_code = "client_too_slow"
+
+
+class BusyError(ErrataError):
+    """There is more to do than the service takes on; the same request will succeed later."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "too_busy"
+
+    def __init__(self, message: str, *, retry_after_s: int, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.headers["Retry-After"] = str(retry_after_s)

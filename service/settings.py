@@ -100,6 +100,18 @@ class Settings(BaseModel):
     edit_max_tokens: int = Field(default=512, ge=8, description="Longest prompt and target together, tokens")
     body_max_bytes: int = Field(default=4 * 1024**2, ge=1024, description="Largest body, except an import's, bytes")
     import_line_max_bytes: int = Field(default=256 * 1024, ge=1024, description="Longest line of an import, bytes")
+    queue_max_edits: int = Field(
+        default=100_000, ge=1, description="Edits that may wait to be learned; more are refused with 429"
+    )
+    gateway_max_requests: int = Field(
+        default=256, ge=1, description="Requests that the gateway has nodes answer at once; more are refused with 429"
+    )
+    client_timeout_s: float = Field(
+        default=30.0, gt=0, description="A client that neither sends nor takes a byte for so long is given up, seconds"
+    )
+    shutdown_grace_s: int = Field(
+        default=20, ge=1, le=25, description="Time that answers under way have when the service is stopped, seconds"
+    )
     wait_max_s: float = Field(default=60.0, ge=0, description="Longest long-poll, seconds")
     idempotency_ttl_s: int = Field(default=7 * 86400, ge=60, description="How long an Idempotency-Key is remembered")
     events_max: int = Field(default=10_000, ge=100, description="Events that the stream keeps")

@@ -62,9 +62,7 @@ class SlotCheck:
         if (found := node.checksums(version)) != trained:
             self._load_again(node, version, found, trained)
 
-    def _load_again(
-        self, node: NodeClient, version: int, found: Mapping[str, str], trained: Mapping[str, str]
-    ) -> None:
+    def _load_again(self, node: NodeClient, version: int, found: Mapping[str, str], trained: Mapping[str, str]) -> None:
         differing = sorted(name for name in found.keys() | trained.keys() if found.get(name) != trained.get(name))
         log.error("slot.damaged", extra={"node": node.address, "version": version, "tensors": differing})
         self._events.append("node.slot_damaged", {"address": node.address, "version": version})

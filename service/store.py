@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from redis import Redis
 
-from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys, all_keys
 from service.lua import Script
 from service.runs import LeaseLostError
@@ -44,6 +44,8 @@ TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
 """What an edit in a status may become; everything else is refused (design.md, decision record 0003)."""
 
 _SEARCH_CHUNK = 500
+# A queue that is full of edits is emptied by whole runs.
+_FULL_RETRY_S = 30
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class EditStore:
         events_max: int,
         idempotency_ttl_s: int,
         max_attempts: int,
+        queue_max_edits: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._redis = redis
@@ -88,6 +91,7 @@ class EditStore:
         self._clock = clock
         self._idempotency_ttl_s = idempotency_ttl_s
         self._max_attempts = max_attempts
+        self._queue_max_edits = queue_max_edits
         table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
@@ -109,17 +113,25 @@ class EditStore:
 
         Raises:
             InvalidRequestError: the idempotency key came before with another body.
+            BusyError: so many edits wait to be learned that these would be too many.
         """
         now = int(self._clock())
         once = None
         if idempotency:
             once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
-        answer = self._submit({"edits": [_new(request, now) for request in requests], "idempotency": once})
+        new = [_new(request, now) for request in requests]
+        answer = self._submit({"edits": new, "idempotency": once, "queue_max_edits": self._queue_max_edits})
         if answer.get("reused"):
             raise InvalidRequestError(
                 "this Idempotency-Key came before with another body",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
+            )
+        if "waiting" in answer:
+            raise BusyError(
+                f"{answer['waiting']} edits wait to be learned, {self._queue_max_edits} may; repeat the request later",
+                retry_after_s=_FULL_RETRY_S,
+                code="queue_full",
             )
         return self.get_many(answer["ids"])
 

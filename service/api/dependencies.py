@@ -1,5 +1,6 @@
 """What the routers are given: the parts of the service, built once by ``create_app``."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +22,7 @@ class Parts:
     reconciler: Reconciler
     checker: EditChecker
     async_redis: AsyncRedis
+    stopping: asyncio.Event
 
 
 def _parts(request: Request) -> Parts:

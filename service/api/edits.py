@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.dependencies import Parts, PartsDep
 from service.api.errors import RESPONSES, validation_error
-from service.errors import InvalidRequestError
+from service.errors import BusyError, ErrataError, InvalidRequestError
 from service.events import follow
 from service.schemas import (
     Edit,
@@ -118,7 +118,8 @@ async def get_status(
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
             async for event in follow(parts.async_redis, since):
-                if event and event.data.get("id") == edit_id and event.data.get("status") != state.status:
+                changed = event and event.data.get("id") == edit_id and event.data.get("status") != state.status
+                if changed or parts.stopping.is_set():
                     break
     except TimeoutError:
         pass
@@ -175,7 +176,7 @@ class _Import:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self.pending: list[EditRequest] = []
+        self.pending: list[tuple[int, EditRequest]] = []
         self._errors: list[ImportLineError] = []
         self._rejected = 0
         self._ids: list[str] = []
@@ -185,19 +186,21 @@ class _Import:
         try:
             if isinstance(line, InvalidRequestError):
                 raise line
-            self.pending.append(self._parts.checker.check(_parse(line)))
+            self.pending.append((number, self._parts.checker.check(_parse(line))))
         except InvalidRequestError as error:
-            self._rejected += 1
-            if len(self._errors) < _IMPORT_ERRORS:
-                self._errors.append(
-                    ImportLineError(line=number, message=error.message, param=error.param, code=error.code)
-                )
+            self._reject(number, error)
 
     def flush(self) -> None:
-        """Stores what is pending."""
-        if self.pending:
-            self._ids.extend(edit.id for edit in self._parts.stores.edits.submit(self.pending))
-            self.pending = []
+        """Stores what is pending, or rejects it if the queue is full."""
+        if not self.pending:
+            return
+        try:
+            edits = self._parts.stores.edits.submit([request for _, request in self.pending])
+            self._ids.extend(edit.id for edit in edits)
+        except BusyError as error:
+            for number, _ in self.pending:
+                self._reject(number, error)
+        self.pending = []
 
     def report(self) -> ImportReport:
         """What became of the lines."""
@@ -208,6 +211,11 @@ class _Import:
             first_id=self._ids[0] if self._ids else None,
             last_id=self._ids[-1] if self._ids else None,
         )
+
+    def _reject(self, number: int, error: ErrataError) -> None:
+        self._rejected += 1
+        if len(self._errors) < _IMPORT_ERRORS:
+            self._errors.append(ImportLineError(line=number, message=error.message, param=error.param, code=error.code))
 
 
 def _parse(line: bytes) -> EditRequest:

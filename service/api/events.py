@@ -40,3 +40,5 @@ async def events(parts: PartsDep, start: Annotated[str, Depends(_start)]) -> Asy
     async for event in follow(parts.async_redis, start):
         if event:
             yield ServerSentEvent(id=event.id, event=event.type, data=event.data)
+        if parts.stopping.is_set():
+            return

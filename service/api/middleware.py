@@ -1,13 +1,17 @@
-"""ASGI middleware: a request id on every answer, and no body larger than the service reads."""
+"""ASGI middleware: a request id on every answer, no client that stalls, no body larger than the service reads."""
 
+import asyncio
 import json
+import logging
 import re
 import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ErrataError, TooLargeError
+from service.errors import ClientTooSlowError, ErrataError, TooLargeError
+
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -33,6 +37,59 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class ClientPace:
+    """Gives up a client that neither sends the rest of its body nor takes its answer for so many seconds.
+
+    What it holds (a node's stream, a place among the gateway's requests) is free again then.
+    """
+
+    def __init__(self, app: ASGIApp, *, timeout_s: float) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body_is_whole = False
+        answered = False
+
+        async def receive_in_time() -> Message:
+            nonlocal body_is_whole
+            # Behind the body comes nothing but the client's leaving, which may take as long as it likes.
+            if body_is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ClientTooSlowError(f"no part of the body came for {self._timeout_s:g} s", param="body") from error
+            body_is_whole = not message.get("more_body", False)
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await send(message)
+            except TimeoutError as error:
+                raise _ClientStalledError from error
+
+        try:
+            await self._app(scope, receive_in_time, send_in_time)
+        except ClientTooSlowError as error:
+            if not answered:
+                await _refuse(send_in_time, error)
+        except _ClientStalledError:
+            log.warning("client.stalled", extra={"path": scope["path"], "seconds": self._timeout_s})
+
+
+class _ClientStalledError(Exception):
+    """The client does not take its answer."""
 
 
 class BodyLimit:

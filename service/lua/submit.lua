@@ -14,6 +14,8 @@ for _, edit in ipairs(payload.edits) do
   ids[#ids + 1] = edit.id
   if redis.call('EXISTS', keys.edit .. edit.id) == 0 then new[#new + 1] = edit end
 end
+local waiting = redis.call('ZCARD', keys.edits_in .. 'queued') + redis.call('ZCARD', keys.edits_in .. 'training')
+if waiting + #new > payload.queue_max_edits then return cjson.encode({waiting = waiting}) end
 for _, edit in ipairs(new) do
   local seq = redis.call('INCR', keys.seq)
   redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record,

@@ -48,15 +48,8 @@ class ScriptedNode:
     def answer(self, method: str, path: str, content: bytes) -> tuple[int, object]:
         if path == "/health":
             return 200, {}
-        if path == "/errata/versions":
-            held = [(version, 0 if version in self.slots else None) for version in sorted(self.resident)]
-            return 200, {"resident": [{"version": version, "slot": slot} for version, slot in held]}
-        if path.endswith("/prefetch"):
-            return self._prefetch(int(path.split("/")[-2]))
-        if path.endswith("/checksum"):
-            return 200, self._checksum(int(path.split("/")[-2]))
-        if method == "DELETE":
-            return self._evict(int(path.rpartition("/")[2]))
+        if path.startswith("/errata/versions"):
+            return self._about_versions(method, path)
         body = json.loads(content)
         version = int(body["model"].removeprefix("errata@"))
         prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
@@ -69,9 +62,19 @@ class ScriptedNode:
         said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
 
+    def _about_versions(self, method: str, path: str) -> tuple[int, object]:
+        if path.endswith("/prefetch"):
+            return self._prefetch(int(path.split("/")[-2]))
+        if path.endswith("/checksum"):
+            return 200, self._checksum(int(path.split("/")[-2]))
+        if method == "DELETE":
+            return self._evict(int(path.rpartition("/")[2]))
+        held = [(version, 0 if version in self.slots else None) for version in sorted(self.resident)]
+        return 200, {"resident": [{"version": version, "slot": slot} for version, slot in held]}
+
     def _checksum(self, version: int) -> dict[str, object]:
         self.read_back.append(version)
-        damaged = {name: "f" * 64 for name in self.tensors}
+        damaged = dict.fromkeys(self.tensors, "f" * 64)
         return {"version": version, "tensors": damaged if version in self.damaged else self.tensors}
 
     def _evict(self, version: int) -> tuple[int, object]:

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Send
 
-from service.errors import UnavailableError
+from service.errors import BusyError, NodeTimeoutError, UnavailableError
 from service.gateway.proxy import Proxy
 
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -19,10 +22,14 @@ class Nodes(httpx.AsyncBaseTransport):
 
     def __init__(self, **handlers: Handler) -> None:
         self.handlers = handlers
+        self.holds: dict[str, set[int]] = {}
         self.seen: list[httpx.Request] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
+        if request.url.path == "/errata/versions":
+            held = self.holds.get(request.url.host)
+            return httpx.Response(200, json={"resident": [{"version": version} for version in held or ()]})
         if request.url.path != "/health":
             self.seen.append(request)
         return self.handlers[request.url.host](request)
@@ -44,8 +51,9 @@ def breaks_off(request: httpx.Request) -> httpx.Response:
     raise httpx.ReadError("reset", request=request)
 
 
-def proxy_of(nodes: Nodes, *, token: str = "token") -> Proxy:
-    return Proxy([f"http://{host}" for host in nodes.handlers], token=token, timeout_s=5, transport=nodes)
+def proxy_of(nodes: Nodes, *, token: str = "token", max_requests: int = 100) -> Proxy:
+    addresses = [f"http://{host}" for host in nodes.handlers]
+    return Proxy(addresses, token=token, timeout_s=5, max_requests=max_requests, transport=nodes)
 
 
 async def forward(proxy: Proxy, version: int = 7, **body: Any) -> Response:
@@ -92,12 +100,138 @@ async def test_no_node_is_a_503(handlers: dict[str, Handler]) -> None:
     assert (error.value.status, error.value.code) == (503, "no_ready_node")
 
 
-async def test_a_request_that_a_node_has_begun_is_not_sent_to_another() -> None:
-    nodes = Nodes(a=breaks_off, b=breaks_off)
+def fails(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(500, json={"error": {"message": "engine dead", "type": "t", "param": None, "code": "dead"}})
+
+
+def refuses_the_token(_: httpx.Request) -> httpx.Response:
+    return httpx.Response(401, json={"error": {"message": "token"}})
+
+
+class BreaksOff(httpx.AsyncByteStream):
+    """A stream that ends in the middle, behind so many pieces."""
+
+    def __init__(self, behind: int) -> None:
+        self.behind = behind
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for number in range(self.behind):
+            yield f"data: {number}\n\n".encode()
+        raise httpx.ReadError("reset")
+
+
+def streams(stream: httpx.AsyncByteStream) -> Handler:
+    return lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
+
+
+@pytest.mark.parametrize("broken", [breaks_off, fails, refuses_the_token, streams(BreaksOff(0))])
+async def test_before_the_first_byte_another_node_takes_over(broken: Handler) -> None:
+    nodes = Nodes(a=broken, b=completes)
+    proxy = proxy_of(nodes)
+    for _ in range(2):
+        assert json.loads(bytes((await forward(proxy)).body)) == {"host": "b"}
+    assert [request.url.host for request in nodes.seen] == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "code"),
+    [(breaks_off, "node_unavailable"), (fails, "dead"), (streams(BreaksOff(0)), "node_unavailable")],
+)
+async def test_when_every_node_fails_the_last_ones_reason_is_told(broken: Handler, code: str) -> None:
+    nodes = Nodes(a=broken, b=broken)
     with pytest.raises(UnavailableError) as error:
         await forward(proxy_of(nodes))
-    assert error.value.code == "node_unavailable"
+    assert (error.value.status, error.value.code) == (503, code)
+    assert len(nodes.seen) == 2
+
+
+async def test_behind_the_first_byte_no_other_node_is_asked() -> None:
+    nodes = Nodes(a=streams(BreaksOff(1)), b=streams(BreaksOff(1)))
+    response = await forward(proxy_of(nodes))
+    assert isinstance(response, StreamingResponse)
+    assert await anext(response.body_iterator) == b"data: 0\n\n"
+    with pytest.raises(httpx.ReadError):
+        await anext(response.body_iterator)
     assert len(nodes.seen) == 1
+
+
+async def test_a_node_that_is_silent_is_a_504_and_its_work_is_not_given_to_another() -> None:
+    def silent(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("silent", request=request)
+
+    nodes = Nodes(a=silent, b=silent)
+    with pytest.raises(NodeTimeoutError, match="silent for 5 s"):
+        await forward(proxy_of(nodes))
+    assert len(nodes.seen) == 1
+
+
+async def sent(response: Response, send: Send) -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+
+async def drop(_: Message) -> None:
+    pass
+
+
+async def test_the_least_busy_node_is_asked() -> None:
+    nodes = Nodes(a=streams(Pieces()), b=streams(Pieces()))
+    proxy = proxy_of(nodes)
+    first, second = [await forward(proxy) for _ in range(2)]
+    await sent(second, drop)
+    # By turns it would be the first's node again.
+    third = await forward(proxy)
+    hosts = [request.url.host for request in nodes.seen]
+    assert hosts[0] != hosts[1] == hosts[2]
+    for response in (first, third):
+        await sent(response, drop)
+
+
+async def test_a_node_that_holds_the_version_comes_before_one_that_is_less_busy() -> None:
+    nodes = Nodes(a=streams(Pieces()), b=streams(Pieces()))
+    nodes.holds = {"b": {7}}
+    proxy = proxy_of(nodes)
+    await proxy.start()
+    answers = [await forward(proxy, 7) for _ in range(3)]
+    assert [request.url.host for request in nodes.seen] == ["b"] * 3
+    for answer in answers:
+        await sent(answer, drop)
+    await proxy.stop()
+
+
+async def test_more_requests_than_the_gateway_allows_are_refused_until_one_has_ended() -> None:
+    nodes = Nodes(a=streams(Pieces()))
+    proxy = proxy_of(nodes, max_requests=2)
+    first, second = [await forward(proxy) for _ in range(2)]
+    with pytest.raises(BusyError) as error:
+        await forward(proxy)
+    assert (error.value.status, error.value.headers["Retry-After"]) == (429, "1")
+    await sent(first, drop)
+    for response in (second, await forward(proxy)):
+        await sent(response, drop)
+
+
+@pytest.mark.parametrize("ending", [completes, fails, breaks_off])
+async def test_an_answer_that_is_whole_gives_its_place_back(ending: Handler) -> None:
+    proxy = proxy_of(Nodes(a=ending), max_requests=1)
+    for _ in range(3):
+        with suppress(UnavailableError):
+            await forward(proxy)
+
+
+async def test_a_client_that_left_before_the_first_piece_gives_its_place_back() -> None:
+    pieces = Pieces()
+    proxy = proxy_of(Nodes(a=streams(pieces)), max_requests=1)
+
+    async def gone(_: Message) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(ClientDisconnect):
+        await sent(await forward(proxy), gone)
+    assert pieces.closed
+    await forward(proxy)
 
 
 async def test_only_nodes_that_answer_are_asked() -> None:
@@ -156,18 +290,18 @@ class Pieces(httpx.AsyncByteStream):
 
 async def test_a_stream_is_passed_on_piece_by_piece_and_closed() -> None:
     pieces = Pieces()
-
-    def streams(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=pieces)
-
-    nodes = Nodes(a=streams)
+    nodes = Nodes(a=streams(pieces))
     response = await forward(proxy_of(nodes), stream=True)
     assert isinstance(response, StreamingResponse)
     assert response.headers["x-errata-version"] == "7"
     assert nodes.seen[0].headers["accept-encoding"] == "identity"
-    assert pieces.sent == 0
-    body = response.body_iterator
-    assert await anext(body) == b"data: 0\n\n"
+    # One is in hand: the node has begun.
     assert pieces.sent == 1
-    assert [piece async for piece in body] == [b"data: 1\n\n", b"data: 2\n\n"]
+    written: list[tuple[int, bytes]] = []
+
+    async def write(message: Message) -> None:
+        written.append((pieces.sent, message.get("body", b"")))
+
+    await sent(response, write)
+    assert written == [(1, b""), (1, b"data: 0\n\n"), (2, b"data: 1\n\n"), (3, b"data: 2\n\n"), (3, b"")]
     assert pieces.closed

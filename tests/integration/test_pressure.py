@@ -1,0 +1,247 @@
+"""More than the service can do, clients that stall, and a service that is told to stop: over real connections."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from redis_server import RedisServer, free_port
+from scripted_worker import ScriptedWorker, fact
+from service_process import assert_error, serving
+
+from service import programs
+from service.errors import BusyError
+from service.settings import Settings
+from service.store import EditStore, Idempotency
+from service.stores import Stores
+
+pytestmark = pytest.mark.timeout(90)
+
+ASK = {"model": "errata", "prompt": "a", "stream": True}
+
+
+@pytest.fixture
+def small(stores: Stores, settings: Settings) -> EditStore:
+    """A store whose queue takes three edits."""
+    return EditStore(stores.redis, events_max=100, idempotency_ttl_s=60, max_attempts=3, queue_max_edits=3)
+
+
+def test_a_full_queue_takes_no_part_of_a_batch(small: EditStore) -> None:
+    small.submit([fact("a", "1"), fact("b", "1")])
+    with pytest.raises(BusyError, match="2 edits wait to be learned, 3 may") as error:
+        small.submit([fact("c", "1"), fact("d", "1")])
+    assert (error.value.status, error.value.code, error.value.headers["Retry-After"]) == (429, "queue_full", "30")
+    assert {edit.prompt for edit in small.page(status=None, q=None, after=None, limit=10).data} == {"a", "b"}
+    small.submit([fact("c", "1")])
+
+
+def test_an_edit_that_was_taken_before_the_queue_filled_is_answered_again(small: EditStore) -> None:
+    once = Idempotency.of("key", "/edits", b"body")
+    first = small.submit([fact("a", "1")], once)
+    small.submit([fact("b", "1"), fact("c", "1")])
+    assert small.submit([fact("a", "1")], once) == first
+
+
+def test_edits_in_training_fill_the_queue_and_learned_ones_do_not(
+    small: EditStore, stores: Stores, worker: ScriptedWorker
+) -> None:
+    small.submit([fact(prompt, "1") for prompt in "abc"])
+    run, _ = worker.begin()
+    with pytest.raises(BusyError):
+        small.submit([fact("d", "1")])
+    small.trained(run.id, 1)
+    small.submit([fact("d", "1")])
+
+
+def test_the_api_says_when_to_come_back_and_an_import_which_lines_to_repeat(
+    redis_server: RedisServer, tokenizer_folder: Path, stores: Stores
+) -> None:
+    settings = Settings(
+        redis_url=redis_server.url, model=str(tokenizer_folder), nodes=("http://127.0.0.1:1",), queue_max_edits=2
+    )
+    lines = "".join(f'{{"prompt": "p{number}", "target": "1"}}\n' for number in range(201))
+    with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as client:
+        # Lines are stored by the two hundred: the first chunk does not fit, the one line behind it does.
+        report = client.post("/edits/import", content=lines).json()
+        assert (report["accepted"], report["rejected"]) == (1, 200)
+        assert report["errors"][0] | {"message": ""} == {"line": 1, "message": "", "param": None, "code": "queue_full"}
+        assert client.post("/edits", json={"prompt": "a", "target": "1"}).status_code == 202
+        refused = client.post("/edits", json={"prompt": "b", "target": "1"})
+    assert_error(refused, 429, code="queue_full")
+    assert refused.headers["retry-after"] == "30"
+
+
+class EndlessNode:
+    """Streams pieces without an end, or until it is told."""
+
+    def __init__(self) -> None:
+        self.piece = b"data: piece\n\n"
+        self.every_s = 0.05
+        self.end = threading.Event()
+        self.broken_off = threading.Event()
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                self.send_response(200)
+                self.send_header("content-type", "text/event-stream")
+                self.send_header("transfer-encoding", "chunked")
+                self.end_headers()
+                try:
+                    while not node.end.wait(node.every_s):
+                        self._write(node.piece)
+                    self._write(b"data: [DONE]\n\n")
+                    self._write(b"")
+                except OSError:
+                    node.broken_off.set()
+
+            def _write(self, content: bytes) -> None:
+                self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def endless() -> Iterator[EndlessNode]:
+    node = EndlessNode()
+    thread = threading.Thread(target=node.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield node
+    node.end.set()
+    node.server.shutdown()
+    thread.join()
+    node.server.server_close()
+
+
+@pytest.fixture
+def pressed(
+    redis_server: RedisServer, tokenizer_folder: Path, worker: ScriptedWorker, endless: EndlessNode
+) -> Settings:
+    """Settings of a gateway that answers one request at a time and waits half a second for its clients."""
+    return Settings(
+        redis_url=redis_server.url,
+        model=str(tokenizer_folder),
+        nodes=(endless.address,),
+        gateway_max_requests=1,
+        client_timeout_s=0.5,
+        shutdown_grace_s=10,
+    )
+
+
+def test_the_gateway_takes_no_more_requests_than_it_may(pressed: Settings, endless: EndlessNode) -> None:
+    with serving(pressed) as url, httpx.Client(base_url=url, timeout=10) as client:
+        with client.stream("POST", "/v1/completions", json=ASK) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            refused = client.post("/v1/completions", json=ASK)
+            assert_error(refused, 429, code="too_busy")
+            assert refused.headers["retry-after"] == "1"
+            endless.end.set()
+            list(pieces)
+        with client.stream("POST", "/v1/completions", json=ASK) as response:
+            assert response.status_code == 200
+
+
+def test_a_client_that_does_not_take_its_answer_gives_its_place_back(pressed: Settings, endless: EndlessNode) -> None:
+    # Enough to fill every buffer on the way.
+    endless.piece, endless.every_s = b"data: " + b"x" * 2**20 + b"\n\n", 0.0
+    with serving(pressed) as url:
+        with connection(url) as stalled:
+            stalled.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'))
+            stalled.recv(1024)
+            assert endless.broken_off.wait(20), "the node is relieved of a stream that nobody takes"
+        endless.end.set()
+        assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
+
+
+def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
+    with serving(pressed) as url:
+        for path in ("/edits", "/edits/import"):
+            with connection(url) as client:
+                client.sendall(request(path, b'{"prompt": ', length=1000))
+                client.settimeout(20)
+                assert client.recv(4096).startswith(b"HTTP/1.1 408 "), path
+
+
+def test_a_service_that_is_told_to_stop_ends_its_streams_first(
+    pressed: Settings, endless: EndlessNode, tmp_path: Path, stores: Stores
+) -> None:
+    [edit] = stores.edits.submit([fact("a", "1")])
+    with started(pressed, tmp_path) as (url, process), httpx.Client(base_url=url, timeout=30) as client:
+        follower = threading.Thread(target=lambda: httpx.get(f"{url}/events", timeout=30))
+        waiter = threading.Thread(target=lambda: httpx.get(f"{url}/edits/{edit.id}/status?wait=60", timeout=30))
+        follower.start()
+        waiter.start()
+        with client.stream("POST", "/v1/completions", json=ASK) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health/live")
+            endless.end.set()
+            assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+        # Both would have gone on for a minute at least; the events are looked up every five seconds.
+        assert process.wait(pressed.shutdown_grace_s - 1) in {0, -signal.SIGTERM}
+        follower.join(1)
+        waiter.join(1)
+        assert not follower.is_alive()
+        assert not waiter.is_alive()
+
+
+@contextmanager
+def started(settings: Settings, folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """The service as a process of its own, as the stack starts it."""
+    settings = settings.model_copy(update={"port": free_port()})
+    environment = {**os.environ, **settings.environment(), "ERRATA_REDIS_URL": settings.redis_url}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    url = f"http://127.0.0.1:{settings.port}"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(programs.service(settings).command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 40
+        while True:
+            try:
+                httpx.get(f"{url}/health/live")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def connection(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return client
+
+
+def request(path: str, body: bytes, *, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body
