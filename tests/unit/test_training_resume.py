@@ -12,7 +12,13 @@ from worker.model import BaseModel, freeze_base
 from worker.training.encode import TokenSequence
 from worker.training.packing import pack
 from worker.training.prefix import PrefixCache
-from worker.training.resume import UnsupportedLayerError, hidden_below, last_position_only, logits_above
+from worker.training.resume import (
+    UnsupportedLayerError,
+    hidden_below,
+    last_position_only,
+    logits_above,
+    run_tuned_layer,
+)
 
 SEQUENCES = (TokenSequence((5, 6, 7, 8, 9, 10, 256), prompt_tokens=4), TokenSequence((20, 21, 256), prompt_tokens=1))
 
@@ -28,6 +34,8 @@ def test_the_base_and_its_forward_are_as_before() -> None:
     before, inputs = snapshot(base), torch.tensor([SEQUENCES[0].token_ids])
     logits = base.model(inputs).logits
     cut_down(base, torch.zeros(32, 48))
+    packing = pack(SEQUENCES)
+    run_tuned_layer(base, packing, hidden_below(base, packing))
     assert unchanged(base, before)
     assert torch.equal(base.model(inputs).logits, logits)
 
@@ -58,7 +66,7 @@ def test_the_hidden_states_are_what_the_model_itself_hands_to_the_layer() -> Non
     torch.testing.assert_close(found[: len(ids)], states[base.layer_index][0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_layers_above_do_not_run_for_the_hidden_states_nor_those_below_for_the_logits() -> None:
+def test_layers_run_that_are_needed_and_no_others() -> None:
     base = tiny_base()
     ran: list[int] = []
     for index, layer in enumerate(base.layers):
@@ -66,6 +74,9 @@ def test_the_layers_above_do_not_run_for_the_hidden_states_nor_those_below_for_t
     packing = pack(SEQUENCES)
     hidden = hidden_below(base, packing)
     assert ran == [0, 1]
+    ran.clear()
+    run_tuned_layer(base, packing, hidden)
+    assert ran == [2]
     ran.clear()
     logits_above(base, {}, packing, hidden)
     assert ran == [2, 3]

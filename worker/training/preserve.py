@@ -22,7 +22,7 @@ from worker.model import BaseModel
 from worker.training.calibration import calibration_sequences, calibration_sha256
 from worker.training.packing import pack
 from worker.training.prefix import PrefixCache
-from worker.training.resume import logits_above
+from worker.training.resume import run_tuned_layer
 
 Factors = Mapping[str, Tensor]
 """By tuned parameter: F, [in, in] fp32, on the CPU."""
@@ -75,7 +75,7 @@ def input_covariances(base: BaseModel, prefix: PrefixCache) -> dict[str, Tensor]
         packing = pack(batch).to(base.device)
         real = sum(group.size for group in packing.groups)
         with _watched(base, sums, real):
-            logits_above(base, {}, packing, prefix.row(base, packing, batch))
+            run_tuned_layer(base, packing, prefix.row(base, packing, batch))
         tokens += real
     return {name: (total / tokens).cpu() for name, total in sums.items()}
 

@@ -45,6 +45,22 @@ def hidden_below(base: BaseModel, packing: Packing) -> Tensor:
     raise UnsupportedLayerError(f"the forward never ran {base.layers_name}.{base.layer_index}")
 
 
+def run_tuned_layer(base: BaseModel, packing: Packing, hidden: Tensor) -> None:
+    """Run the tuned layer and nothing else, for hooks on its modules; `hidden` as for `logits_above`."""
+
+    def stop(*_: object) -> None:
+        raise _Reached(hidden)
+
+    with packed_attention(base.model), _lower_layers_bypassed(base), _tuned_layer_fed(base, hidden.unsqueeze(0)):
+        handle = base.layers[base.layer_index].register_forward_hook(stop)
+        try:
+            base.model(**_inputs(packing))
+        except _Reached:
+            return
+        finally:
+            handle.remove()
+
+
 def logits_above(base: BaseModel, tensors: Mapping[str, Tensor], packing: Packing, hidden: Tensor) -> Tensor:
     """Run from the tuned layer on, with `tensors` in place of the base's: logits [target tokens, vocabulary].
 
