@@ -42,6 +42,13 @@ class RunKeys:
 
 
 @dataclass(frozen=True)
+class NodeKeys:
+    """Keys that Fleet owns."""
+
+    left_out: str = "errata:nodes:left_out"  # hash: JSON by address
+
+
+@dataclass(frozen=True)
 class EventKeys:
     """Keys that EventStream owns."""
 
