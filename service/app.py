@@ -8,14 +8,16 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from redis.asyncio import Redis as AsyncRedis
 
-from service.api import edits, events, health, runs, versions
+from service.api import edits, events, health, metrics, runs, versions
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
-from service.api.middleware import BodyLimit, RequestId
+from service.api.middleware import BodyLimit, Measured, RequestId
 from service.events import BLOCK_S
 from service.gateway import router as gateway
 from service.gateway.proxy import Proxy
 from service.logs import configure_logging
+from service.metrics.process import NodeCollector, ServiceMetrics
+from service.metrics.state import PATIENCE_S, StateCollector
 from service.nodes import NodeClient
 from service.queue import TaskQueue, create_celery
 from service.reconcile import Reconciler
@@ -55,9 +57,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         )
         app.state.proxy = Proxy.of(chosen)
         await app.state.proxy.start()
+        # On a connection of its own: a scrape would rather do without Redis than wait for it.
+        watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
+        measured.registry.register(StateCollector(watched))
+        measured.registry.register(NodeCollector(app.state.proxy.readiness))
         yield
         await app.state.proxy.stop()
         await async_redis.aclose()
+        watched.redis.close()
         stores.redis.close()
 
     app = FastAPI(
@@ -66,9 +73,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Corrections for a running language model: stored, trained, verified, served, and taken back.",
         lifespan=lifespan,
     )
+    app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
+    app.add_middleware(Measured, metrics=measured)
     app.add_middleware(RequestId)
-    for router in (edits.router, versions.router, runs.router, events.router, health.router, gateway.router):
-        app.include_router(router)
+    for part in (edits, versions, runs, events, health, metrics, gateway):
+        app.include_router(part.router)
     return app

@@ -13,6 +13,7 @@ from contextlib import suppress
 from redis.exceptions import LockError
 
 from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.metrics.catalogue import ACTIVATION_SECONDS, CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
 from service.registry import OvertakenError
@@ -61,6 +62,7 @@ class Reconciler:
             UnavailableError: no node is ready, or one stopped answering.
             NodeRefusedError: a node refuses the version.
         """
+        began = self._clock()
         record = self._stores.registry.get(version)
         if record.state is not VersionState.VERIFIED:
             raise ConflictError(
@@ -68,6 +70,7 @@ class Reconciler:
             )
         self._prefetch(self._require_nodes(), version)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
+        self._stores.measures.observe(ACTIVATION_SECONDS, self._clock() - began)
         self._stores.edits.settle()
         return activation
 
@@ -243,27 +246,30 @@ class Reconciler:
         trained = self._stores.registry.get(version).tensors
         for node in nodes:
             if node.checksums(version) != trained:
+                self._stores.measures.count(CHECKSUM_MISMATCHES)
                 raise NodeRefusedError(
                     f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
                 )
 
     def _prefetch(self, nodes: Sequence[NodeClient], version: int) -> None:
         with ThreadPoolExecutor(len(nodes)) as pool:
-            list(pool.map(lambda node: node.prefetch(version), nodes))
+            for load_s in pool.map(lambda node: node.prefetch(version), nodes):
+                self._stores.measures.observe(VERSION_LOAD_SECONDS, load_s)
 
     def _heal_nodes(self) -> None:
         ready = self.ready_nodes()
         self._tell_of_nodes({node.address for node in ready})
         active = self._stores.registry.active()
-        if active is None:
-            return
+        resident: dict[str, list[int]] = {}
         for node in ready:
             try:
-                if active.active not in node.resident():
-                    node.prefetch(active.active)
+                resident[node.address] = node.resident()
+                if active and active.active not in resident[node.address]:
+                    self._stores.measures.observe(VERSION_LOAD_SECONDS, node.prefetch(active.active))
                     log.info("node.healed", extra={"node": node.address, "version": active.active})
             except (NodeRefusedError, UnavailableError) as error:
                 log.error("node.not_healed", extra={"node": node.address, "reason": error.message})
+        self._stores.measures.tick(self._clock(), resident)
 
     def _tell_of_nodes(self, ready: set[str]) -> None:
         came, went = ready - self._seen_ready, self._seen_ready - ready

@@ -16,6 +16,7 @@ from redis import Redis
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys, all_keys
 from service.lua import Script
+from service.metrics.catalogue import EDIT_TO_LIVE
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
 
@@ -91,7 +92,13 @@ class EditStore:
         table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": table, "now": int(clock()), "events_max": events_max}
+            return {
+                "keys": all_keys(),
+                "transitions": table,
+                "now": int(clock()),
+                "events_max": events_max,
+                "to_live_bounds": EDIT_TO_LIVE.buckets,
+            }
 
         self._submit = Script(redis, "submit", context)
         self._move = Script(redis, "move", context)
@@ -197,6 +204,21 @@ class EditStore:
         """Unix seconds of the oldest queued edit's last change, or None."""
         first = cast(list[str], self._redis.zrange(self._keys.edits_in + EditStatus.QUEUED, 0, 0))
         return self.get(first[0]).updated_at if first else None
+
+    def oldest_accepted_at(self, statuses: Sequence[EditStatus]) -> dict[EditStatus, int]:
+        """Unix seconds of the acceptance, or release, of the oldest edit in each status that has one."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for status in statuses:
+            pipeline.zrange(self._keys.edits_in + status, 0, 0)
+        oldest = {status: ids[0] for status, ids in zip(statuses, pipeline.execute(), strict=True) if ids}
+        for edit_id in oldest.values():
+            pipeline.hmget(self._keys.edit + edit_id, "accepted_at", "updated_at")
+        rows = pipeline.execute()
+        return {status: int(row[0] or row[1] or 0) for status, row in zip(oldest, rows, strict=True)}
+
+    def accepted(self) -> int:
+        """How many edits were ever stored."""
+        return int(cast(str | None, self._redis.get(self._keys.seq)) or 0)
 
     def move(self, edit_id: str, to: EditStatus, **fields: str | int) -> Edit:
         """Moves one edit.

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.errors import UnavailableError
 from service.gateway.models import VERSION_HEADER
+from service.metrics.process import Passage
 from service.nodes import authorization, version_name
 from service.settings import Settings
 
@@ -66,7 +67,11 @@ class Proxy:
         for client in self._clients.values():
             await client.aclose()
 
-    async def forward(self, path: str, body: Mapping[str, Any], version: int) -> Response:
+    def readiness(self) -> dict[str, bool]:
+        """Whether each node answered when it was last looked at, by its address."""
+        return {address: address in self._ready for address in self._clients}
+
+    async def forward(self, path: str, body: Mapping[str, Any], version: int, passage: Passage) -> Response:
         """A node's answer at a version. A node that cannot be reached is passed over; one that has begun is not.
 
         Raises:
@@ -76,14 +81,16 @@ class Proxy:
         for address in self._candidates():
             client = self._clients[address]
             try:
-                upstream = await client.send(client.build_request("POST", path, json=content), stream=True)
+                sent = client.build_request("POST", path, json=content)
+                with passage.waiting():
+                    upstream = await client.send(sent, stream=True)
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 log.warning("gateway.node_unreachable", extra={"node": address})
                 self._ready = [other for other in self._ready if other != address]
                 continue
             except httpx.HTTPError as error:
                 raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
-            return await _relay(upstream, version)
+            return await _relay(upstream, version, passage)
         raise UnavailableError("no node is ready", code="no_ready_node")
 
     def _candidates(self) -> list[str]:
@@ -108,13 +115,14 @@ class Proxy:
             return False
 
 
-async def _relay(upstream: httpx.Response, version: int) -> Response:
+async def _relay(upstream: httpx.Response, version: int, passage: Passage) -> Response:
     headers = {VERSION_HEADER: str(version)}
     kind = upstream.headers.get("content-type", "application/json")
     if upstream.is_success and kind.startswith("text/event-stream"):
-        return StreamingResponse(_chunks(upstream), headers=headers, media_type=kind)
+        return StreamingResponse(_chunks(upstream, passage), headers=headers, media_type=kind)
     try:
-        content = await upstream.aread()
+        with passage.waiting():
+            content = await upstream.aread()
     except httpx.HTTPError as error:
         raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
     finally:
@@ -122,15 +130,30 @@ async def _relay(upstream: httpx.Response, version: int) -> Response:
     if upstream.status_code in {401, 403}:
         # The node's guard refuses the service, not the client.
         raise UnavailableError("the node refuses ERRATA_NODE_TOKEN", code="node_refused")
+    passage.first_byte(streamed=False)
+    passage.end("ok" if upstream.is_success else "node_error" if upstream.is_server_error else "client_error")
     if upstream.is_success:
         return Response(content, headers=headers, media_type=kind)
     return JSONResponse({"error": _error(upstream)}, status_code=upstream.status_code, headers=headers)
 
 
-async def _chunks(upstream: httpx.Response) -> AsyncIterator[bytes]:
+async def _chunks(upstream: httpx.Response, passage: Passage) -> AsyncIterator[bytes]:
+    chunks = upstream.aiter_raw()
+    begun = False
     try:
-        async for chunk in upstream.aiter_raw():
+        while True:
+            with passage.waiting():
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                break
+            if not begun:
+                passage.first_byte(streamed=True)
+                begun = True
             yield chunk
+        passage.end("ok")
+    except httpx.HTTPError:
+        passage.end("broken")
+        raise
     finally:
         await upstream.aclose()
 

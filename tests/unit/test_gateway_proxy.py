@@ -1,7 +1,9 @@
 """The gateway's proxy between scripted transports: which node, which version, and what comes back."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.errors import UnavailableError
 from service.gateway.proxy import Proxy
+from service.metrics.process import Passage, ServiceMetrics
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -48,8 +51,9 @@ def proxy_of(nodes: Nodes, *, token: str = "token") -> Proxy:
     return Proxy([f"http://{host}" for host in nodes.handlers], token=token, timeout_s=5, transport=nodes)
 
 
-async def forward(proxy: Proxy, version: int = 7, **body: Any) -> Response:
-    return await proxy.forward("/v1/completions", {"model": "errata", "prompt": "p", **body}, version)
+async def forward(proxy: Proxy, version: int = 7, *, metrics: ServiceMetrics | None = None, **body: Any) -> Response:
+    passage = Passage(metrics or ServiceMetrics(), version, began=time.perf_counter())
+    return await proxy.forward("/v1/completions", {"model": "errata", "prompt": "p", **body}, version, passage)
 
 
 async def test_the_body_goes_on_with_the_versions_name() -> None:
@@ -141,7 +145,8 @@ async def test_the_nodes_guard_is_not_the_clients_business() -> None:
 
 
 class Pieces(httpx.AsyncByteStream):
-    def __init__(self) -> None:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
         self.sent = 0
         self.closed = False
 
@@ -149,6 +154,8 @@ class Pieces(httpx.AsyncByteStream):
         for number in range(3):
             self.sent += 1
             yield f"data: {number}\n\n".encode()
+        if self.broken:
+            raise httpx.ReadError("reset")
 
     async def aclose(self) -> None:
         self.closed = True
@@ -171,3 +178,30 @@ async def test_a_stream_is_passed_on_piece_by_piece_and_closed() -> None:
     assert pieces.sent == 1
     assert [piece async for piece in body] == [b"data: 1\n\n", b"data: 2\n\n"]
     assert pieces.closed
+
+
+@pytest.mark.parametrize(("broken", "outcome"), [(False, "ok"), (True, "broken")])
+async def test_a_streams_end_and_first_byte_are_measured(broken: bool, outcome: str) -> None:
+    metrics, pieces = ServiceMetrics(), Pieces(broken=broken)
+
+    def streams(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=pieces)
+
+    response = await forward(proxy_of(Nodes(a=streams)), metrics=metrics, stream=True)
+    assert isinstance(response, StreamingResponse)
+    measured = metrics.registry.get_sample_value
+    assert measured("errata_gateway_requests_in_flight") == 1
+    with suppress(httpx.ReadError):
+        async for _ in response.body_iterator:
+            assert measured("errata_gateway_first_byte_seconds_count", {"streamed": "true"}) == 1
+    assert measured("errata_gateway_requests_total", {"version": "7", "outcome": outcome}) == 1
+    assert measured("errata_gateway_requests_in_flight") == 0
+    assert pieces.closed
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (404, "client_error"), (500, "node_error")])
+async def test_an_answers_outcome_is_counted(status: int, outcome: str) -> None:
+    metrics = ServiceMetrics()
+    await forward(proxy_of(Nodes(a=lambda _: httpx.Response(status, json={}))), metrics=metrics)
+    assert metrics.registry.get_sample_value("errata_gateway_requests_total", {"version": "7", "outcome": outcome}) == 1
+    assert metrics.registry.get_sample_value("errata_gateway_overhead_seconds_count") == 1
