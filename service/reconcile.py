@@ -13,6 +13,7 @@ from contextlib import suppress
 from redis.exceptions import LockError
 
 from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.logs import bound, of_edits
 from service.metrics.catalogue import ACTIVATION_SECONDS, CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
@@ -110,7 +111,9 @@ class Reconciler:
         try:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
-                self._publish(run)
+                new = self._stores.edits.in_status(EditStatus.TRAINED)
+                with bound(run=run_id, **of_edits(new)):
+                    self._publish(run, new)
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
             self._give_up_in_time(run, error)
@@ -153,7 +156,7 @@ class Reconciler:
             now=self._clock(),
         )
 
-    def _publish(self, run: Run) -> None:
+    def _publish(self, run: Run, new: Sequence[Edit]) -> None:
         registry, edits = self._stores.registry, self._stores.edits
         version = run.version
         if version is None:
@@ -168,7 +171,7 @@ class Reconciler:
             self._prefetch(nodes, version)
             self._read_back(nodes, version)
             loaded = self._clock()
-            verdict = self._verify(nodes[0], version, edits.in_status(EditStatus.TRAINED))
+            verdict = self._verify(nodes[0], version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return
@@ -183,6 +186,7 @@ class Reconciler:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return
         registry.mark(version, VersionState.VERIFIED)
+        log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         try:
             registry.activate(version, expected_epoch=run.epoch_of_activation)
         except OvertakenError as error:
@@ -225,6 +229,7 @@ class Reconciler:
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
+        log.warning("version.rejected", extra={"version": version, "code": error.code, "reason": error.message})
         # A run over an empty edit set has no version of its own; the base is not rejected with it.
         if self._stores.registry.get(version).run == run.id:
             self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)

@@ -3,6 +3,7 @@
 It owns versions. Edit sets are bitmaps over the edits' sequence numbers: 10,000 edits are 1.25 kB a version.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -16,6 +17,8 @@ from service.lua import Script
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
 from service.schemas import Activation, Version, VersionRecord, VersionState
+
+log = logging.getLogger(__name__)
 
 
 class FencedError(ConflictError):
@@ -149,6 +152,7 @@ class VersionRegistry:
                 )
             case "epoch":
                 raise OvertakenError(f"the active version changed meanwhile, to {answer['active']}")
+        log.info("version.activated", extra={"version": number})
         return cast(Activation, self.active())
 
     def members(self, number: int) -> list[int]:

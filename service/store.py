@@ -5,6 +5,7 @@ It owns edits. It does not know what a version or a run is beyond their numbers,
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ from redis import Redis
 
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys, all_keys
+from service.logs import of_edits
 from service.lua import Script
 from service.metrics.catalogue import EDIT_TO_LIVE
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
+
+log = logging.getLogger(__name__)
 
 TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
     EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
@@ -67,6 +71,12 @@ class Claim:
     members: list[Edit]
     claimed: list[str]
 
+    @property
+    def new(self) -> list[Edit]:
+        """The new ones of its members."""
+        claimed = set(self.claimed)
+        return [edit for edit in self.members if edit.id in claimed]
+
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
@@ -109,8 +119,15 @@ class EditStore:
         self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
-    def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
+    def submit(
+        self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None, *, request_id: str = ""
+    ) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
+
+        Args:
+            requests: what to store.
+            idempotency: the client's key, if it sent one.
+            request_id: kept with the edits, so that the log of a run leads back to the request.
 
         Returns the stored edits; for a known idempotency key those stored the first time.
 
@@ -121,14 +138,17 @@ class EditStore:
         once = None
         if idempotency:
             once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
-        answer = self._submit({"edits": [_new(request, now) for request in requests], "idempotency": once})
+        new = [_new(request, now) for request in requests]
+        answer = self._submit({"edits": new, "idempotency": once, "request_id": request_id})
         if answer.get("reused"):
             raise InvalidRequestError(
                 "this Idempotency-Key came before with another body",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
             )
-        return self.get_many(answer["ids"])
+        edits = self.get_many(answer["ids"])
+        log.info("edits.accepted", extra=of_edits(edits))
+        return edits
 
     def get(self, edit_id: str) -> Edit:
         """One edit.
@@ -336,6 +356,7 @@ def _edit(fields: Mapping[str, str]) -> Edit:
         error=json.loads(fields.get("error") or "null"),
         attempts=int(fields["attempts"]),
         superseded_by=fields.get("superseded_by") or None,
+        request_id=fields.get("request_id", ""),
         updated_at=int(fields["updated_at"]),
         **record,
     )

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ErrataError, TooLargeError
+from service.logs import bound
 from service.metrics.process import ServiceMetrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -34,7 +35,8 @@ class RequestId:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with bound(request_id=request_id):
+            await self._app(scope, receive, send_with_id)
 
 
 class Measured:
