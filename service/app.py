@@ -8,15 +8,19 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from redis.asyncio import Redis as AsyncRedis
 
-from service.api import edits, events, health, runs, versions
+from service.api import edits, events, health, metrics, runs, versions
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
-from service.api.middleware import BodyLimit, ClientPace, RequestId
+from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId
 from service.draining import stop_announced
 from service.events import BLOCK_S
+from service.fleet import left_out
 from service.gateway import router as gateway
+from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
 from service.logs import configure_logging
+from service.metrics.process import NodeCollector, ServiceMetrics
+from service.metrics.state import PATIENCE_S, StateCollector
 from service.nodes import NodeClient
 from service.queue import TaskQueue, create_celery
 from service.reconcile import Reconciler
@@ -47,8 +51,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3, max_connections=_MAX_WAITING
         )
         queue = TaskQueue(create_celery(chosen), stores.redis)
-        app.state.proxy = Proxy.of(chosen)
-        await app.state.proxy.start()
+        pool = NodePool(
+            chosen.nodes,
+            token=chosen.node_token.get_secret_value(),
+            timeout_s=chosen.node_timeout_s,
+            left_out=lambda: left_out(stores.redis),
+        )
+        await pool.start()
+        app.state.proxy = Proxy(pool, max_requests=chosen.gateway_max_requests)
+        # On a connection of its own: a scrape would rather do without Redis than wait for it.
+        watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
+        measured.registry.register(StateCollector(watched))
+        measured.registry.register(NodeCollector(pool.readiness))
         with stop_announced() as stopping:
             app.state.parts = Parts(
                 settings=chosen,
@@ -59,8 +73,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 stopping=stopping,
             )
             yield
-        await app.state.proxy.stop()
+        await pool.stop()
         await async_redis.aclose()
+        watched.redis.close()
         stores.redis.close()
 
     app = FastAPI(
@@ -69,10 +84,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Corrections for a running language model: stored, trained, verified, served, and taken back.",
         lifespan=lifespan,
     )
+    app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
     app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
+    app.add_middleware(Measured, metrics=measured)
     app.add_middleware(RequestId)
-    for router in (edits.router, versions.router, runs.router, events.router, health.router, gateway.router):
-        app.include_router(router)
+    for part in (edits, versions, runs, events, health, metrics, gateway):
+        app.include_router(part.router)
     return app

@@ -1,8 +1,8 @@
 """Fleet: the nodes together. A version may become active once enough of them hold it.
 
-A node that does not come to hold what the others hold is left out: nobody waits for it, the gateway sends it nothing,
-and it is tried again, less and less often, until it holds the active version. Who is left out is kept in Redis, because
-the API, the control worker and the gateway must agree on it.
+A node that refuses what others hold, or holds other bits, is left out: nobody waits for it, the gateway sends it
+nothing, and it is tried again, less and less often, until it holds the active version. Who is left out is kept in
+Redis, because the API, the control worker and the gateway must agree on it.
 """
 
 import json
@@ -20,11 +20,14 @@ from redis import Redis
 from service.errors import ErrataError, UnavailableError
 from service.events import EventStream
 from service.keys import NodeKeys
+from service.metrics.catalogue import CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
+from service.metrics.kept import Measures
 from service.nodes import NodeClient, NodeRefusedError
+from service.schemas import VersionRecord
 
 log = logging.getLogger(__name__)
 
-# A single node that cannot reach the version store for a moment must not be away for long behind it.
+# Of a single node nobody takes the place.
 _LONGEST_WAIT_S = 30.0
 
 Trained = Mapping[str, str]
@@ -54,6 +57,7 @@ class Fleet:
         nodes: Sequence[NodeClient],
         redis: Redis,
         events: EventStream,
+        measures: Measures,
         *,
         quorum: float,
         clock: Callable[[], float] = time.time,
@@ -61,6 +65,7 @@ class Fleet:
         self._nodes = nodes
         self._redis = redis
         self._events = events
+        self._measures = measures
         self._quorum = quorum
         self._clock = clock
         self._seen_ready: set[str] = set()
@@ -93,7 +98,7 @@ class Fleet:
         if not (nodes := self._due(self._answering())):
             raise UnavailableError("no node is ready", code="no_ready_node")
         with ThreadPoolExecutor(len(nodes)) as pool:
-            troubles = list(pool.map(lambda node: _loaded(node, version, trained), nodes))
+            troubles = list(pool.map(lambda node: self._load_on(node, version, trained), nodes))
         holding = [node for node, trouble in zip(nodes, troubles, strict=True) if trouble is None]
         refusals = [trouble for trouble in troubles if isinstance(trouble, NodeRefusedError)]
         if len(refusals) == len(nodes):
@@ -110,35 +115,38 @@ class Fleet:
         for node, trouble in zip(nodes, troubles, strict=True):
             if trouble is None:
                 self._take_back(node)
-            else:
-                self._leave_out(node, trouble)
+            elif isinstance(trouble, NodeRefusedError):
+                self.leave_out(node, trouble)
         return holding
 
-    def heal(self, active: int | None) -> None:
-        """Tells of nodes that came and went, and makes each ready one hold the active version."""
+    def heal(self, active: VersionRecord | None) -> None:
+        """Tells of nodes that came and went, and makes each one hold the active version.
+
+        One that is left out is taken back when it holds that version bit for bit as it was trained.
+        """
         answering = self._answering()
         self._tell({node.address for node in answering})
-        if active is None:
-            return
+        resident: dict[str, list[int]] = {}
+        left = left_out(self._redis)
         for node in self._due(answering):
+            trouble = None
             try:
-                if active not in node.resident():
-                    node.prefetch(active)
-                    log.info("node.healed", extra={"node": node.address, "version": active})
-            except (NodeRefusedError, UnavailableError) as trouble:
-                self._leave_out(node, trouble)
-            else:
+                resident[node.address] = node.resident()
+                if active and (node.address in left or active.version not in resident[node.address]):
+                    trouble = self._load_on(node, active.version, active.tensors if node.address in left else None)
+            except (NodeRefusedError, UnavailableError) as error:
+                trouble = error
+            if trouble is None:
                 self._take_back(node)
+            elif isinstance(trouble, NodeRefusedError):
+                self.leave_out(node, trouble)
+            else:
+                # It may be busy, or the version store away for a moment: it goes on serving what it holds.
+                log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
+        self._measures.tick(self._clock(), resident)
 
-    def _answering(self) -> list[NodeClient]:
-        return [node for node in self._nodes if node.ready()]
-
-    def _due(self, nodes: Sequence[NodeClient]) -> list[NodeClient]:
-        """Those that are not left out, or are to be tried again."""
-        left, now = left_out(self._redis), self._clock()
-        return [node for node in nodes if node.address not in left or left[node.address].again_at <= now]
-
-    def _leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
+    def leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
+        """Has the node serve nothing until it holds the active version as it was trained."""
         before = left_out(self._redis).get(node.address)
         attempts = before.attempts + 1 if before else 1
         wait_s = min(2.0**attempts, _LONGEST_WAIT_S)
@@ -147,6 +155,29 @@ class Fleet:
         log.error("node.left_out", extra={"node": node.address, "again_in_s": wait_s, **asdict(left)})
         if before is None:
             self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
+
+    def _load_on(
+        self, node: NodeClient, version: int, trained: Trained | None
+    ) -> NodeRefusedError | UnavailableError | None:
+        """What kept the node from holding the version, bit for bit as it was trained; None if nothing did."""
+        try:
+            self._measures.observe(VERSION_LOAD_SECONDS, node.prefetch(version))
+            if trained is None or node.checksums(version) == trained:
+                return None
+        except (NodeRefusedError, UnavailableError) as error:
+            return error
+        self._measures.count(CHECKSUM_MISMATCHES)
+        return NodeRefusedError(
+            f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
+        )
+
+    def _answering(self) -> list[NodeClient]:
+        return [node for node in self._nodes if node.ready()]
+
+    def _due(self, nodes: Sequence[NodeClient]) -> list[NodeClient]:
+        """Those that are not left out, or are to be tried again."""
+        left, now = left_out(self._redis), self._clock()
+        return [node for node in nodes if node.address not in left or left[node.address].again_at <= now]
 
     def _take_back(self, node: NodeClient) -> None:
         if self._redis.hdel(NodeKeys().left_out, node.address):
@@ -159,16 +190,3 @@ class Fleet:
             for address in sorted(addresses):
                 self._events.append(kind, {"address": address})
         self._seen_ready = answering
-
-
-def _loaded(node: NodeClient, version: int, trained: Trained | None) -> NodeRefusedError | UnavailableError | None:
-    """What kept the node from holding the version, bit for bit as it was trained; None if nothing did."""
-    try:
-        node.prefetch(version)
-        if trained is None or node.checksums(version) == trained:
-            return None
-    except (NodeRefusedError, UnavailableError) as error:
-        return error
-    return NodeRefusedError(
-        f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
-    )

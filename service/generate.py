@@ -1,4 +1,4 @@
-"""Files in the repository that are made from the code: ``openapi/openapi.json`` and the README's table of settings.
+"""What the repository has from the code: ``openapi/openapi.json``, the README's table of settings, that of the metrics.
 
 ``python -m service.generate`` writes them, in the repository's root; ``--check`` only says whether they are up to date.
 """
@@ -15,11 +15,12 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from service.app import create_app
+from service.metrics.catalogue import table as metrics_table
 from service.settings import Settings
 
 OPENAPI = Path("openapi/openapi.json")
 README = Path("README.md")
-_BEGIN, _END = "<!-- settings -->", "<!-- /settings -->"
+OBSERVABILITY = Path("docs/observability.md")
 
 
 class MissingMarkersError(Exception):
@@ -41,27 +42,42 @@ def settings_table() -> str:
 
 
 def with_settings(readme: str) -> str:
-    """The README with the table between its markers.
+    """The README with the table of settings between its markers.
 
     Raises:
         MissingMarkersError: it does not have each of them once, in order.
     """
-    head, begin, rest = readme.partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
-    if not (begin and end) or readme.count(_BEGIN) != 1 or readme.count(_END) != 1:
-        raise MissingMarkersError(f"{README} needs one line {_BEGIN} and one line {_END} behind it")
-    return f"{head}{_BEGIN}\n{settings_table()}\n{_END}{tail}"
+    return _between(readme, "settings", settings_table(), README)
+
+
+def with_metrics(text: str) -> str:
+    """docs/observability.md with the table of metrics between its markers.
+
+    Raises:
+        MissingMarkersError: it does not have each of them once, in order.
+    """
+    return _between(text, "metrics", metrics_table(), OBSERVABILITY)
+
+
+def _between(text: str, name: str, table: str, path: Path) -> str:
+    begin_mark, end_mark = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, begin, rest = text.partition(begin_mark)
+    _, end, tail = rest.partition(end_mark)
+    if not (begin and end) or text.count(begin_mark) != 1 or text.count(end_mark) != 1:
+        raise MissingMarkersError(f"{path} needs one line {begin_mark} and one line {end_mark} behind it")
+    return f"{head}{begin_mark}\n{table}\n{end_mark}{tail}"
 
 
 def generated(root: Path) -> Mapping[Path, str]:
     """What each generated file must hold.
 
     Raises:
-        MissingMarkersError: the README has no place for the table.
+        MissingMarkersError: a file has no place for its table.
     """
     return {
         root / OPENAPI: openapi_document(),
         root / README: with_settings((root / README).read_text(encoding="utf-8")),
+        root / OBSERVABILITY: with_metrics((root / OBSERVABILITY).read_text(encoding="utf-8")),
     }
 
 

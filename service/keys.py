@@ -55,6 +55,16 @@ class EventKeys:
     events: str = "errata:events"
 
 
+@dataclass(frozen=True)
+class MetricKeys:
+    """Keys that Measures owns."""
+
+    metrics: str = "errata:metrics"  # hash: counters and histograms' buckets, by metric and labels
+    nodes: str = "errata:metrics:nodes"  # hash: the versions that a node held, by its address
+    ticked: str = "errata:metrics:ticked"  # when the control worker last looked, Unix seconds
+
+
 def all_keys() -> dict[str, str]:
     """Every key by its field's name, as the scripts want them."""
-    return {**asdict(EditKeys()), **asdict(VersionKeys()), **asdict(RunKeys()), **asdict(EventKeys())}
+    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), MetricKeys())
+    return {name: key for owner in owners for name, key in asdict(owner).items()}

@@ -1,11 +1,42 @@
-"""Structured logs: one JSON object a line, a stable event name and its keys."""
+"""Structured logs: one JSON object a line, a stable event name and its keys.
+
+What a line belongs to is bound once and stands on every line: ``request_id`` on those of a request, ``run`` on those of
+a run, and beside it the edits that the run adds and the requests that brought them (``of_edits``).
+"""
 
 import json
 import logging
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
+from service.schemas import Edit
+
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+
+_MOST_NAMED = 8
+_bound: ContextVar[Mapping[str, Any]] = ContextVar("errata_log", default=MappingProxyType({}))
+
+
+@contextmanager
+def bound(**fields: Any) -> Iterator[None]:
+    """Puts fields on every line that is logged inside, in this task or thread and in those begun with its context."""
+    token = _bound.set({**_bound.get(), **fields})
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def of_edits(edits: Sequence[Edit]) -> dict[str, Any]:
+    """How many edits, and when they are few, which and by which request each came."""
+    if len(edits) > _MOST_NAMED:
+        return {"new_edits": len(edits)}
+    return {"new_edits": len(edits), "origins": [{"edit": edit.id, "request_id": edit.request_id} for edit in edits]}
 
 
 class JsonFormatter(logging.Formatter):
@@ -18,6 +49,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             "logger": record.name,
+            **_bound.get(),
         }
         line.update({name: value for name, value in vars(record).items() if name not in _PLAIN})
         if record.exc_info:

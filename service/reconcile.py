@@ -7,12 +7,13 @@ It owns the pointer's moves. It does not train and does not know the delta's for
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 from redis.exceptions import LockError
 
 from service.errors import ConflictError, NotFoundError, UnavailableError
+from service.fleet import Fleet
+from service.logs import bound, of_edits
+from service.metrics.catalogue import ACTIVATION_SECONDS
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
 from service.registry import OvertakenError
@@ -43,33 +44,37 @@ class Reconciler:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._stores = stores
-        self._nodes = nodes
+        self._fleet = Fleet(
+            nodes, stores.redis, stores.events, stores.measures, quorum=settings.activation_quorum, clock=clock
+        )
         self._queue = queue
         self._settings = settings
         self._clock = clock
-        self._seen_ready: set[str] = set()
-        self._slots = SlotCheck(stores.registry, stores.events, every_s=settings.node_check_s)
+        self._slots = SlotCheck(self._fleet, stores, every_s=settings.node_check_s)
 
-    def ready_nodes(self) -> list[NodeClient]:
-        """The nodes that serve now."""
-        return [node for node in self._nodes if node.ready()]
+    @property
+    def fleet(self) -> Fleet:
+        """The nodes."""
+        return self._fleet
 
     def activate(self, version: int, *, expected_active: int | None = None) -> Activation:
-        """Makes a verified version resident on every ready node, then moves the pointer to it.
+        """Makes a verified version resident on the nodes, then moves the pointer to it.
 
         Raises:
             NotFoundError: no such version.
             ConflictError: it is not verified, or another version is active than expected.
-            UnavailableError: no node is ready, or one stopped answering.
-            NodeRefusedError: a node refuses the version.
+            UnavailableError: no node is ready, or too few hold the version.
+            NodeRefusedError: every node refuses the version.
         """
+        began = self._clock()
         record = self._stores.registry.get(version)
         if record.state is not VersionState.VERIFIED:
             raise ConflictError(
                 f"version {version} is {record.state}, not verified", param="version", code="version_not_verified"
             )
-        self._prefetch(self._require_nodes(), version)
+        self._fleet.load(version)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
+        self._stores.measures.observe(ACTIVATION_SECONDS, self._clock() - began)
         self._stores.edits.settle()
         return activation
 
@@ -89,15 +94,6 @@ class Reconciler:
             raise NotFoundError(f"no version {to}", param="to", code="version_not_found")
         return self.activate(to)
 
-    def holders(self, version: int) -> list[str]:
-        """Addresses of the ready nodes that hold a version; one that does not say is left out."""
-        found = []
-        for node in self.ready_nodes():
-            with suppress(NodeRefusedError, UnavailableError):
-                if version in node.resident():
-                    found.append(node.address)
-        return found
-
     def publish(self, run_id: str) -> None:
         """Verifies the version of a run on a node and makes it active, or gives its edits back.
 
@@ -109,7 +105,9 @@ class Reconciler:
         try:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
-                self._publish(run)
+                new = self._stores.edits.in_status(EditStatus.TRAINED)
+                with bound(run=run_id, **of_edits(new)):
+                    self._publish(run, new)
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
             self._give_up_in_time(run, error)
@@ -122,12 +120,13 @@ class Reconciler:
 
     def tick(self) -> None:
         """One look at everything; called every few seconds."""
-        self._heal_nodes()
+        active = self._stores.registry.active()
+        self._fleet.heal(self._stores.registry.get(active.active) if active else None)
         self._stores.edits.settle()
         self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
-        self._slots.look(self.ready_nodes())
+        self._slots.look()
 
     def pull(self) -> None:
         """Requests a run if the trigger says so."""
@@ -153,7 +152,7 @@ class Reconciler:
             now=self._clock(),
         )
 
-    def _publish(self, run: Run) -> None:
+    def _publish(self, run: Run, new: Sequence[Edit]) -> None:
         registry, edits = self._stores.registry, self._stores.edits
         version = run.version
         if version is None:
@@ -162,13 +161,11 @@ class Reconciler:
             # The process that moved the pointer died before it could say so.
             self._complete(run)
             return
-        nodes = self._require_nodes()
         began = self._clock()
         try:
-            self._prefetch(nodes, version)
-            self._read_back(nodes, version)
+            nodes = self._fleet.load(version, registry.get(version).tensors)
             loaded = self._clock()
-            verdict = self._verify(nodes[0], version, edits.in_status(EditStatus.TRAINED))
+            verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return
@@ -183,6 +180,7 @@ class Reconciler:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return
         registry.mark(version, VersionState.VERIFIED)
+        log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         try:
             registry.activate(version, expected_epoch=run.epoch_of_activation)
         except OvertakenError as error:
@@ -208,13 +206,13 @@ class Reconciler:
         self._stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
         self._end(run, RunStatus.SUCCEEDED)
 
-    def _verify(self, node: NodeClient, version: int, new: Sequence[Edit]) -> Verdict:
+    def _verify(self, nodes: Sequence[NodeClient], version: int, new: Sequence[Edit]) -> Verdict:
         registry, settings = self._stores.registry, self._settings
         active = registry.active()
         members = self._stores.edits.by_sequence(registry.members(version))
         older = [edit for edit in members if edit.status is EditStatus.LIVE and edit.verified]
         return verify(
-            node,
+            nodes,
             version=version,
             active=active.active if active else 0,
             new=new,
@@ -225,6 +223,7 @@ class Reconciler:
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
+        log.warning("version.rejected", extra={"version": version, "code": error.code, "reason": error.message})
         # A run over an empty edit set has no version of its own; the base is not rejected with it.
         if self._stores.registry.get(version).run == run.id:
             self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
@@ -235,45 +234,6 @@ class Reconciler:
         self._stores.runs.finish(run.id, status, error=error)
         self._stores.edits.settle()
         log.info("run.ended", extra={"run": run.id, "status": status, "version": run.version})
-
-    def _require_nodes(self) -> list[NodeClient]:
-        if not (nodes := self.ready_nodes()):
-            raise UnavailableError("no node is ready", code="no_ready_node")
-        return nodes
-
-    def _read_back(self, nodes: Sequence[NodeClient], version: int) -> None:
-        """What a node answers from is, bit for bit, what was trained."""
-        trained = self._stores.registry.get(version).tensors
-        for node in nodes:
-            if node.checksums(version) != trained:
-                raise NodeRefusedError(
-                    f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
-                )
-
-    def _prefetch(self, nodes: Sequence[NodeClient], version: int) -> None:
-        with ThreadPoolExecutor(len(nodes)) as pool:
-            list(pool.map(lambda node: node.prefetch(version), nodes))
-
-    def _heal_nodes(self) -> None:
-        ready = self.ready_nodes()
-        self._tell_of_nodes({node.address for node in ready})
-        active = self._stores.registry.active()
-        if active is None:
-            return
-        for node in ready:
-            try:
-                if active.active not in node.resident():
-                    node.prefetch(active.active)
-                    log.info("node.healed", extra={"node": node.address, "version": active.active})
-            except (NodeRefusedError, UnavailableError) as error:
-                log.error("node.not_healed", extra={"node": node.address, "reason": error.message})
-
-    def _tell_of_nodes(self, ready: set[str]) -> None:
-        came, went = ready - self._seen_ready, self._seen_ready - ready
-        for kind, addresses in (("node.ready", came), ("node.away", went)):
-            for address in sorted(addresses):
-                self._stores.events.append(kind, {"address": address})
-        self._seen_ready = ready
 
     def _take_over_lost_run(self) -> None:
         run = self._stores.runs.current()

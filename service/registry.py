@@ -3,6 +3,7 @@
 It owns versions. Edit sets are bitmaps over the edits' sequence numbers: 10,000 edits are 1.25 kB a version.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -13,7 +14,11 @@ from redis.client import NEVER_DECODE
 from service.errors import ConflictError, NotFoundError
 from service.keys import VersionKeys, all_keys
 from service.lua import Script
+from service.metrics.catalogue import VERSIONS_JUDGED
+from service.metrics.kept import count
 from service.schemas import Activation, Version, VersionRecord, VersionState
+
+log = logging.getLogger(__name__)
 
 
 class FencedError(ConflictError):
@@ -85,6 +90,10 @@ class VersionRegistry:
         """Whether the version is committed."""
         return bool(self._redis.exists(f"{self._keys.version}{number}"))
 
+    def count(self) -> int:
+        """How many versions are committed."""
+        return self._redis.zcard(self._keys.versions)
+
     def page(self, *, after: int | None, limit: int) -> tuple[list[VersionRecord], bool]:
         """Newest first, after the given number; and whether there are more."""
         top = "+inf" if after is None else f"({after}"
@@ -105,8 +114,13 @@ class VersionRegistry:
 
     def mark(self, number: int, state: VersionState, *, reason: str | None = None) -> None:
         """Records the outcome of a version's verification."""
-        record = self.get(number).model_copy(update={"state": state, "reason": reason})
-        self._redis.set(f"{self._keys.version}{number}", record.model_dump_json())
+        known = self.get(number)
+        pipeline = self._redis.pipeline()
+        record = known.model_copy(update={"state": state, "reason": reason})
+        pipeline.set(f"{self._keys.version}{number}", record.model_dump_json())
+        if known.state is not state:
+            count(pipeline, VERSIONS_JUDGED, state)
+        pipeline.execute()
 
     def active(self) -> Activation | None:
         """The pointer, or None before version 0 is committed."""
@@ -138,6 +152,7 @@ class VersionRegistry:
                 )
             case "epoch":
                 raise OvertakenError(f"the active version changed meanwhile, to {answer['active']}")
+        log.info("version.activated", extra={"version": number})
         return cast(Activation, self.active())
 
     def members(self, number: int) -> list[int]:

@@ -15,6 +15,8 @@ from redis import Redis
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.keys import RunKeys, all_keys
 from service.lua import Script
+from service.metrics.catalogue import RUN_PHASE_SECONDS
+from service.metrics.kept import observe
 from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
 
 
@@ -105,7 +107,10 @@ class RunStore:
     def add_timing(self, run_id: str, phase: str, seconds: float) -> None:
         """Adds one phase's duration."""
         timings = {**self.get(run_id).timings, phase: round(seconds, 4)}
-        self.update(run_id, timings=json.dumps(timings))
+        pipeline = self._redis.pipeline()
+        pipeline.hset(self._keys.run + run_id, "timings", json.dumps(timings))
+        observe(pipeline, RUN_PHASE_SECONDS, seconds, phase)
+        pipeline.execute()
 
     def add_epoch(self, run_id: str, epoch: EpochLoss, *, eta_s: float | None) -> None:
         """Appends an epoch's loss."""

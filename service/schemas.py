@@ -133,6 +133,7 @@ class Edit(Schema):
     error: EditError | None
     attempts: int
     superseded_by: str | None
+    request_id: str = Field(default="", description="`x-request-id` of the request that brought it; the logs name it")
     created_at: Timestamp
     updated_at: Timestamp
 

@@ -42,6 +42,9 @@ class Settings(BaseModel):
     node_host_slots: int = Field(default=16, ge=2, description="Versions that a node holds in host memory")
     node_cache: str = Field(default="", description="A node's folder for verified local copies of versions")
     node_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer of a node, seconds")
+    activation_quorum: float = Field(
+        default=1.0, gt=0, le=1, description="Least share of the nodes that must hold a version before it is active"
+    )
     node_check_s: float = Field(
         default=60.0, gt=0, description="A node's slots are read back in turn, one every so many seconds"
     )

@@ -6,12 +6,13 @@ node is read back at a time, because the engine computes nothing meanwhile.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from service.errors import NotFoundError, UnavailableError
-from service.events import EventStream
+from service.fleet import Fleet
+from service.metrics.catalogue import CHECKSUM_MISMATCHES
 from service.nodes import NodeClient, NodeRefusedError
-from service.registry import VersionRegistry
+from service.stores import Stores
 
 log = logging.getLogger(__name__)
 
@@ -21,26 +22,26 @@ class SlotCheck:
 
     def __init__(
         self,
-        registry: VersionRegistry,
-        events: EventStream,
+        fleet: Fleet,
+        stores: Stores,
         *,
         every_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._registry = registry
-        self._events = events
+        self._fleet = fleet
+        self._stores = stores
         self._every_s = every_s
         self._clock = clock
         self._due: float | None = None
         self._last: dict[str, int] = {}
 
-    def look(self, nodes: Sequence[NodeClient]) -> None:
-        """Checks one slot of each node if it is time; a node that does not answer is looked at the next time."""
+    def look(self) -> None:
+        """Checks one slot of each serving node if it is time; one that does not answer is looked at the next time."""
         now = self._clock()
         if self._due is not None and now < self._due:
             return
         self._due = now + self._every_s
-        for node in nodes:
+        for node in self._fleet.serving():
             try:
                 self._check_next(node)
             except (NodeRefusedError, UnavailableError) as error:
@@ -54,7 +55,7 @@ class SlotCheck:
         version = next((number for number in held if number > last), held[0])
         self._last[node.address] = version
         try:
-            trained = self._registry.get(version).tensors
+            trained = self._stores.registry.get(version).tensors
         except NotFoundError:
             # The gateway lets no request ask for it.
             log.warning("slot.unknown", extra={"node": node.address, "version": version})
@@ -65,12 +66,16 @@ class SlotCheck:
     def _load_again(self, node: NodeClient, version: int, found: Mapping[str, str], trained: Mapping[str, str]) -> None:
         differing = sorted(name for name in found.keys() | trained.keys() if found.get(name) != trained.get(name))
         log.error("slot.damaged", extra={"node": node.address, "version": version, "tensors": differing})
-        self._events.append("node.slot_damaged", {"address": node.address, "version": version})
+        self._stores.measures.count(CHECKSUM_MISMATCHES)
+        self._stores.events.append("node.slot_damaged", {"address": node.address, "version": version})
         node.evict(version)
         node.prefetch(version)
-        healed = node.checksums(version) == trained
-        log.log(
-            logging.INFO if healed else logging.ERROR,
-            "slot.loaded_again" if healed else "slot.still_damaged",
-            extra={"node": node.address, "version": version},
-        )
+        if node.checksums(version) == trained:
+            log.info("slot.loaded_again", extra={"node": node.address, "version": version})
+        else:
+            self._fleet.leave_out(
+                node,
+                NodeRefusedError(
+                    f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
+                ),
+            )

@@ -5,6 +5,7 @@ It owns edits. It does not know what a version or a run is beyond their numbers,
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,13 @@ from redis import Redis
 
 from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError
 from service.keys import EditKeys, all_keys
+from service.logs import of_edits
 from service.lua import Script
+from service.metrics.catalogue import EDIT_TO_LIVE
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
+
+log = logging.getLogger(__name__)
 
 TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
     EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
@@ -68,6 +73,12 @@ class Claim:
     members: list[Edit]
     claimed: list[str]
 
+    @property
+    def new(self) -> list[Edit]:
+        """The new ones of its members."""
+        claimed = set(self.claimed)
+        return [edit for edit in self.members if edit.id in claimed]
+
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
@@ -95,7 +106,13 @@ class EditStore:
         table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": table, "now": int(clock()), "events_max": events_max}
+            return {
+                "keys": all_keys(),
+                "transitions": table,
+                "now": int(clock()),
+                "events_max": events_max,
+                "to_live_bounds": EDIT_TO_LIVE.buckets,
+            }
 
         self._submit = Script(redis, "submit", context)
         self._move = Script(redis, "move", context)
@@ -106,8 +123,15 @@ class EditStore:
         self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
-    def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
+    def submit(
+        self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None, *, request_id: str = ""
+    ) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
+
+        Args:
+            requests: what to store.
+            idempotency: the client's key, if it sent one.
+            request_id: kept with the edits, so that the log of a run leads back to the request.
 
         Returns the stored edits; for a known idempotency key those stored the first time.
 
@@ -120,7 +144,14 @@ class EditStore:
         if idempotency:
             once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
         new = [_new(request, now) for request in requests]
-        answer = self._submit({"edits": new, "idempotency": once, "queue_max_edits": self._queue_max_edits})
+        answer = self._submit(
+            {
+                "edits": new,
+                "idempotency": once,
+                "request_id": request_id,
+                "queue_max_edits": self._queue_max_edits,
+            }
+        )
         if answer.get("reused"):
             raise InvalidRequestError(
                 "this Idempotency-Key came before with another body",
@@ -133,7 +164,9 @@ class EditStore:
                 retry_after_s=_FULL_RETRY_S,
                 code="queue_full",
             )
-        return self.get_many(answer["ids"])
+        edits = self.get_many(answer["ids"])
+        log.info("edits.accepted", extra=of_edits(edits))
+        return edits
 
     def get(self, edit_id: str) -> Edit:
         """One edit.
@@ -209,6 +242,21 @@ class EditStore:
         """Unix seconds of the oldest queued edit's last change, or None."""
         first = cast(list[str], self._redis.zrange(self._keys.edits_in + EditStatus.QUEUED, 0, 0))
         return self.get(first[0]).updated_at if first else None
+
+    def oldest_accepted_at(self, statuses: Sequence[EditStatus]) -> dict[EditStatus, int]:
+        """Unix seconds of the acceptance, or release, of the oldest edit in each status that has one."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for status in statuses:
+            pipeline.zrange(self._keys.edits_in + status, 0, 0)
+        oldest = {status: ids[0] for status, ids in zip(statuses, pipeline.execute(), strict=True) if ids}
+        for edit_id in oldest.values():
+            pipeline.hmget(self._keys.edit + edit_id, "accepted_at", "updated_at")
+        rows = pipeline.execute()
+        return {status: int(row[0] or row[1] or 0) for status, row in zip(oldest, rows, strict=True)}
+
+    def accepted(self) -> int:
+        """How many edits were ever stored."""
+        return int(cast(str | None, self._redis.get(self._keys.seq)) or 0)
 
     def move(self, edit_id: str, to: EditStatus, **fields: str | int) -> Edit:
         """Moves one edit.
@@ -326,6 +374,7 @@ def _edit(fields: Mapping[str, str]) -> Edit:
         error=json.loads(fields.get("error") or "null"),
         attempts=int(fields["attempts"]),
         superseded_by=fields.get("superseded_by") or None,
+        request_id=fields.get("request_id", ""),
         updated_at=int(fields["updated_at"]),
         **record,
     )

@@ -7,6 +7,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from service.events import EventStream
+from service.metrics.kept import Measures
 from service.registry import VersionRegistry
 from service.runs import RunStore
 from service.settings import Settings
@@ -22,10 +23,16 @@ class Stores:
     registry: VersionRegistry
     runs: RunStore
     events: EventStream
+    measures: Measures
 
     @classmethod
-    def connect(cls, settings: Settings) -> "Stores":
+    def connect(cls, settings: Settings, *, patience_s: float = 15, retries: int = 5) -> "Stores":
         """Builds the stores; the connection itself is made at the first command.
+
+        Args:
+            settings: where Redis is.
+            patience_s: longest wait for one answer of Redis.
+            retries: how often a command is repeated when Redis does not answer.
 
         Raises:
             ValueError: no Redis is configured.
@@ -35,9 +42,9 @@ class Stores:
         redis = Redis.from_url(
             settings.redis_url,
             decode_responses=True,
-            socket_timeout=15,
-            socket_connect_timeout=5,
-            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
+            socket_timeout=patience_s,
+            socket_connect_timeout=min(5, patience_s),
+            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=retries),
         )
         return cls(
             redis=redis,
@@ -51,4 +58,5 @@ class Stores:
             registry=VersionRegistry(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
+            measures=Measures(redis),
         )

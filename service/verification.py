@@ -1,5 +1,6 @@
-"""Asks a node, at a version's own name, the prompts that the version must answer, while users still get the old one."""
+"""Asks nodes, at a version's own name, the prompts that the version must answer, while users still get the old one."""
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ class Demand:
 
 
 def verify(
-    node: NodeClient,
+    nodes: Sequence[NodeClient],
     *,
     version: int,
     active: int,
@@ -54,7 +55,7 @@ def verify(
     """Asks the new edits at both versions and the older ones at the candidate, greedily.
 
     Args:
-        node: who is asked; it holds the candidate.
+        nodes: who is asked, in turn; all hold the candidate.
         version: the candidate.
         active: the version that users get now, for the answers before.
         new: edits that the candidate adds.
@@ -64,16 +65,16 @@ def verify(
         max_tokens: length that no target exceeds.
 
     Raises:
-        UnavailableError: the node stopped answering.
+        UnavailableError: a node stopped answering.
     """
 
-    def outcomes_of(edit: Edit, before: int | None) -> dict[Format, FormatOutcome]:
+    def outcomes_of(edit: Edit, node: NodeClient, before: int | None) -> dict[Format, FormatOutcome]:
         tokens = min(max_tokens, len(edit.target.encode())) + _SPARE_TOKENS
         return {form: _outcome(node, edit, form, tokens, version=version, before=before) for form in formats}
 
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
-        of_new = list(pool.map(lambda edit: outcomes_of(edit, active), new))
-        of_older = list(pool.map(lambda edit: outcomes_of(edit, None), older))
+        of_new = list(pool.map(lambda edit, node: outcomes_of(edit, node, active), new, itertools.cycle(nodes)))
+        of_older = list(pool.map(lambda edit, node: outcomes_of(edit, node, None), older, itertools.cycle(nodes)))
     shortfalls = (_shortfall("new", of_new, demand.min_new), _shortfall("older", of_older, demand.min_kept))
     return Verdict(
         outcomes={edit.id: outcomes for edit, outcomes in zip(new, of_new, strict=True)},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.logs import of_edits
 from service.schemas import Edit, EditStatus, EpochLoss, Run
 from service.settings import Settings
 from service.store import Claim
@@ -165,6 +166,7 @@ class _Joined:
             raise EditSetChangedError
         new = [edit for edit in now.members if edit.id not in before]
         self.claim = Claim([*self.claim.members, *new], now.claimed)
+        log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))
         self._stores.runs.update(self._run.id, edits=len(self.claim.members), new_edits=len(now.claimed))
         return [_training_edit(edit) for edit in new]
 

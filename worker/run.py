@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from service.errors import ConflictError
+from service.logs import bound, of_edits
 from service.queue import TaskQueue
 from service.registry import FencedError
 from service.runs import LeaseLostError
@@ -79,7 +80,11 @@ class Trainer:
         if run is None:
             log.info("run.skipped", extra={"run": run_id})
             return
-        log.info("run.started", extra={"run": run_id, "token": run.token, "parent": run.parent})
+        with bound(run=run_id):
+            self._carry_out(run)
+
+    def _carry_out(self, run: Run) -> None:
+        log.info("run.started", extra={"token": run.token, "parent": run.parent})
         with Lease(
             self.stores.runs,
             run,
@@ -90,7 +95,7 @@ class Trainer:
             try:
                 self._attempt(run, lease)
             except (LeaseLostError, FencedError) as error:
-                log.warning("run.taken_over", extra={"run": run_id, "reason": error.message})
+                log.warning("run.taken_over", extra={"reason": error.message})
             except TrainingCancelledError:
                 self._cancelled(run, lease)
             except EncodingError as error:
@@ -98,16 +103,21 @@ class Trainer:
             except GateRejectedError as error:
                 self._fail(run, EditError(code="gate_rejected", message=str(error)))
             except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
-                log.error("run.crashed", exc_info=error, extra={"run": run_id})
+                log.error("run.crashed", exc_info=error)
                 self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
 
     def _attempt(self, run: Run, lease: Lease) -> None:
         claim = self.stores.edits.claim(run.id)
         self.stores.runs.update(run.id, edits=len(claim.members), new_edits=len(claim.claimed))
-        if not claim.members:
-            # The empty edit set is the base's.
-            self._hand_over(run, 0)
-            return
+        with bound(**of_edits(claim.new)):
+            log.info("run.claimed", extra={"edits": len(claim.members)})
+            if claim.members:
+                self._learn(run, lease, claim)
+            else:
+                # The empty edit set is the base's.
+                self._hand_over(run, 0)
+
+    def _learn(self, run: Run, lease: Lease, claim: Claim) -> None:
         with self._phase(run, "train"):
             learned = self.learning.carry_out(run, lease, claim)
         with self._phase(run, "evaluate"):
@@ -122,7 +132,7 @@ class Trainer:
             raise GateRejectedError("; ".join(decision.reasons))
         if lease.cancelled:
             raise TrainingCancelledError("cancelled while it was evaluated")
-        with self._phase(run, "commit"):
+        with bound(**of_edits(learned.claim.new)), self._phase(run, "commit"):
             self._commit(run, learned, metrics)
         self.learning.forget()
 
@@ -153,6 +163,7 @@ class Trainer:
 
     def _hand_over(self, run: Run, version: int) -> None:
         self.stores.runs.hand_over(run, version)
+        log.info("run.trained", extra={"version": version})
         self.queue.publish(run.id)
 
     def _cancelled(self, run: Run, lease: Lease) -> None:

@@ -91,8 +91,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unknown(request: Request, error: Exception) -> JSONResponse:
-        log.error("request.crashed", exc_info=error, extra={"path": request.url.path})
+        # This handler stands outside the middleware that puts the id on every other line and answer.
+        known = {"path": request.url.path, "request_id": request.state.request_id}
+        log.error("request.crashed", exc_info=error, extra=known)
         answer = _answer(ErrataError("internal error; the log has the request id"))
-        # This handler stands outside the middleware that puts the id on every other answer.
         answer.headers["x-request-id"] = request.state.request_id
         return answer

@@ -4,11 +4,10 @@ from fastapi import APIRouter, Response
 from redis.exceptions import RedisError
 
 from service.api.dependencies import Parts, PartsDep
+from service.metrics.state import WORKER_SILENCE_S
 from service.schemas import Check, Health
 
 router = APIRouter(prefix="/health", tags=["health"])
-
-_WORKER_SILENCE_S = 15.0
 
 
 @router.get("/live")
@@ -30,10 +29,10 @@ def _health(parts: Parts) -> Health:
     try:
         stores.redis.ping()
         active = stores.registry.active()
-        workers = stores.runs.workers(within_s=_WORKER_SILENCE_S)
+        workers = stores.runs.workers(within_s=WORKER_SILENCE_S)
     except RedisError as error:
         return Health(ready=False, active=None, checks={"redis": Check(ok=False, detail=repr(error))})
-    nodes = [node.address for node in parts.reconciler.ready_nodes()]
+    nodes = [node.address for node in parts.reconciler.fleet.serving()]
     checks = {
         "redis": Check(ok=True, detail="answers"),
         "node": Check(ok=bool(nodes), detail=", ".join(nodes) or "no node is ready"),

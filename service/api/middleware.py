@@ -5,11 +5,14 @@ import json
 import logging
 import re
 import secrets
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ClientTooSlowError, ErrataError, TooLargeError
+from service.logs import bound
+from service.metrics.process import ServiceMetrics
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,48 @@ class RequestId:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with bound(request_id=request_id):
+            await self._app(scope, receive, send_with_id)
+
+
+class Measured:
+    """Counts requests by route and status, and keeps when a request's last byte was read (``state.read_at``)."""
+
+    def __init__(self, app: ASGIApp, *, metrics: ServiceMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+        state = scope.setdefault("state", {})
+
+        async def receive_timed() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body"):
+                state["read_at"] = time.perf_counter()
+            return message
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.in_flight.inc()
+        try:
+            await self._app(scope, receive_timed, send_counted)
+        finally:
+            self._metrics.in_flight.dec()
+            if passage := state.get("passage"):
+                # Also an answer that nobody began to read: its client had gone.
+                passage.end("aborted")
+            route = getattr(scope.get("route"), "path", None)
+            seconds = time.perf_counter() - began
+            self._metrics.ended(method=scope["method"], route=route, status=status, seconds=seconds)
 
 
 class ClientPace:

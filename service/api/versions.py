@@ -31,7 +31,7 @@ def list_versions(
 def get_version(number: Number, parts: PartsDep) -> Version:
     """One version, and the nodes that hold it."""
     registry = parts.stores.registry
-    return registry.shown(registry.get(number), resident=parts.reconciler.holders(number))
+    return registry.shown(registry.get(number), resident=parts.reconciler.fleet.holders(number))
 
 
 @router.get("/versions/{number}/diff/{other}")

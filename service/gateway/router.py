@@ -11,6 +11,7 @@ from service.api.errors import RESPONSES, printable
 from service.errors import ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
 from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
 from service.gateway.proxy import Proxy
+from service.metrics.process import Passage
 
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
@@ -73,9 +74,11 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
         raise InvalidRequestError("model: field required", param="model", code="missing_field")
     version = await run_in_threadpool(resolve, parts.stores.registry, body["model"], min_version)
     proxy: Proxy = request.app.state.proxy
+    request.state.passage = passage = Passage(request.app.state.metrics, version, began=request.state.read_at)
     try:
-        return await proxy.forward(path, body, version)
+        return await proxy.forward(path, body, version, passage)
     except ErrataError as error:
+        passage.end("unavailable")
         error.headers[VERSION_HEADER] = str(version)
         raise
 

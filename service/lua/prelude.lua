@@ -7,6 +7,20 @@ local function emit(type, data)
   redis.call('XADD', keys.events, 'MAXLEN', '~', context.events_max, '*', 'type', type, 'data', cjson.encode(data))
 end
 
+-- Adds to what GET /metrics shows (service/metrics/kept.py names the fields).
+local function count(field)
+  redis.call('HINCRBY', keys.metrics, field, 1)
+end
+
+local function observe(name, bounds, value)
+  local bucket = 'inf'
+  for _, bound in ipairs(bounds) do
+    if value <= bound then bucket = tostring(bound) break end
+  end
+  count(name .. '|' .. bucket)
+  redis.call('HINCRBYFLOAT', keys.metrics, name .. '|sum', value)
+end
+
 -- cjson writes an empty table as {}; lists go through here.
 local function list(values)
   if #values == 0 then return '[]' end
@@ -34,6 +48,10 @@ local function move(id, to, fields)
   for name, value in pairs(fields or {}) do redis.call('HSET', key, name, value) end
   redis.call('ZREM', keys.edits_in .. from, id)
   redis.call('ZADD', keys.edits_in .. to, redis.call('HGET', key, 'seq'), id)
+  local accepted_at = tonumber(field(id, 'accepted_at'))
+  if from == 'trained' and to == 'live' and accepted_at then
+    observe('errata_edit_to_live_seconds', context.to_live_bounds, math.max(0, context.now - accepted_at))
+  end
   emit('edit.' .. to, {id = id, status = to, from = from, version = tonumber(field(id, 'version'))})
   return true
 end

@@ -19,7 +19,8 @@ if waiting + #new > payload.queue_max_edits then return cjson.encode({waiting = 
 for _, edit in ipairs(new) do
   local seq = redis.call('INCR', keys.seq)
   redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record,
-    'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now)
+    'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now,
+    'accepted_at', context.now, 'request_id', payload.request_id)
   redis.call('ZADD', keys.edits, seq, edit.id)
   redis.call('ZADD', keys.edits_in .. 'queued', seq, edit.id)
   emit('edit.queued', {id = edit.id, status = 'queued'})

@@ -1,5 +1,6 @@
 """The control worker as a process: Celery, its beat and the solo pool between a real Redis and a real HTTP node."""
 
+import json
 import os
 import signal
 import subprocess
@@ -70,10 +71,11 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
     node: ScriptedNode,
     tmp_path: Path,
 ) -> None:
-    [first] = stores.edits.submit([fact("a", "1")])
+    [first] = stores.edits.submit([fact("a", "1")], request_id="from-afar")
     eventually(lambda: stores.runs.queued() is not None)
     eventually(lambda: stores.redis.llen(TRAIN_QUEUE) == 1)
     run, version = worker.train()
+    first_run = run.id
     queue.publish(run.id)
     eventually(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
     assert stores.edits.get(first.id).status is EditStatus.LIVE
@@ -89,6 +91,10 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
     process.terminate()
     assert process.wait(15) == 0
     log = (tmp_path / "log").read_text()
-    assert '"event": "run.ended"' in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    activated = next(line for line in lines if line["event"] == "version.activated")
+    assert (activated["run"], activated["version"]) == (first_run, version)
+    assert activated["origins"] == [{"edit": first.id, "request_id": "from-afar"}]
+    assert {line["run"] for line in lines if line["event"] == "run.ended"} == {first_run, run.id}
     assert "Traceback" not in log
     eventually(lambda: not group_lives(process.pid), within_s=5)

@@ -196,20 +196,41 @@ class TestPublish:
         assert stores.registry.get(version).state is VersionState.REJECTED
         assert statuses(stores, older + newer) == ["live", "live", "queued"]
 
-    def test_the_pointer_stays_when_any_node_refuses(
+    def test_the_pointer_stays_when_every_node_refuses(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:
         edits = submit(stores, ("a", "1"))
         other = ScriptedNode()
-        other.refuses[1] = (409, "damaged_version")
+        node.refuses[1] = other.refuses[1] = (409, "damaged_version")
         run, version = worker.train()
-        make_reconciler(node.client(), other.client()).publish(run.id)
+        make_reconciler(node.client(), other.client("http://other")).publish(run.id)
         assert active(stores) == 0
         assert stores.registry.get(version).state is VersionState.REJECTED
         edit = stores.edits.get(edits[0].id)
         assert edit.status is EditStatus.QUEUED
         assert edit.error is not None
         assert edit.error.code == "damaged_version"
+
+    def test_one_node_that_refuses_does_not_stop_the_others(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        other = ScriptedNode()
+        other.refuses[1] = (409, "damaged_version")
+        reconciler = make_reconciler(node.client(), other.client("http://other"))
+        version = published(stores, worker, reconciler)
+        assert (active(stores), statuses(stores, edits)) == (version, ["live"])
+        assert [serving.address for serving in reconciler.fleet.serving()] == ["http://node"]
+
+    def test_each_node_is_asked_its_share(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+    ) -> None:
+        submit(stores, ("a", "1"), ("b", "2"))
+        other = ScriptedNode()
+        worker.nodes = [node, other]
+        version = published(stores, worker, make_reconciler(node.client(), other.client("http://other")))
+        asked = [{prompt for number, prompt in one.asked if number == version} for one in (node, other)]
+        assert asked == [{"a"}, {"b"}]
 
     @pytest.mark.parametrize("trouble", ["not ready", "503", "no json"])
     def test_what_may_pass_is_postponed_to_the_next_tick(
@@ -315,7 +336,7 @@ class TestPublish:
             return httpx.Response(200 if request.url.path == "/health" else 404)
 
         bare = NodeClient("http://bare", token="t", timeout_s=5, transport=httpx.MockTransport(stock))
-        assert make_reconciler(bare, node.client()).holders(0) == ["http://node"]
+        assert make_reconciler(bare, node.client()).fleet.holders(0) == ["http://node"]
 
     def test_an_edit_that_is_tried_again_is_judged_by_its_new_version(
         self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
@@ -530,7 +551,7 @@ class TestTick:
         reconciler = make_reconciler(node.client(), other.client("http://other"))
         submit(stores, ("a", "1"))
         version = published(stores, worker, reconciler)
-        assert reconciler.holders(version) == ["http://node", "http://other"]
+        assert reconciler.fleet.holders(version) == ["http://node", "http://other"]
         other.resident = set()
         node.refuses[version] = (409, "damaged_version")
         node.resident = set()

@@ -1,11 +1,11 @@
 """SlotCheck between a real Redis and scripted nodes: what a device holds is what was trained, or it is loaded again."""
 
-import logging
-
+import httpx
 import pytest
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
+from service.fleet import Fleet, left_out
 from service.nodes import NodeClient
 from service.reconcile import Reconciler
 from service.slots import SlotCheck
@@ -27,9 +27,14 @@ def clock() -> Clock:
     return Clock()
 
 
+def check_of(stores: Stores, clock: Clock, *nodes: NodeClient) -> SlotCheck:
+    fleet = Fleet(nodes, stores.redis, stores.events, stores.measures, quorum=1)
+    return SlotCheck(fleet, stores, every_s=EVERY_S, clock=clock)
+
+
 @pytest.fixture
-def check(stores: Stores, clock: Clock) -> SlotCheck:
-    return SlotCheck(stores.registry, stores.events, every_s=EVERY_S, clock=clock)
+def check(stores: Stores, clock: Clock, node: ScriptedNode) -> SlotCheck:
+    return check_of(stores, clock, node.client())
 
 
 @pytest.fixture
@@ -53,8 +58,8 @@ def test_slots_are_read_back_in_turn_one_at_a_time(
     check: SlotCheck, clock: Clock, node: ScriptedNode, served: list[int]
 ) -> None:
     for _ in range(5):
-        check.look([node.client()])
-        check.look([node.client()])
+        check.look()
+        check.look()
         clock.now += EVERY_S
     assert node.read_back == [*served, *served[:2]]
 
@@ -64,7 +69,7 @@ def test_a_version_in_host_memory_is_not_put_into_a_slot_to_be_looked_at(
 ) -> None:
     node.slots = {1}
     for _ in range(3):
-        check.look([node.client()])
+        check.look()
         clock.now += EVERY_S
     assert node.read_back == [1, 1, 1]
 
@@ -74,7 +79,7 @@ def test_a_damaged_slot_is_loaded_again_and_told_of(
 ) -> None:
     node.damaged = {1}
     for _ in served:
-        check.look([node.client()])
+        check.look()
         clock.now += EVERY_S
     # Of the damaged one once more, after it was loaded again.
     assert node.read_back == [0, 1, 1, 2]
@@ -82,24 +87,25 @@ def test_a_damaged_slot_is_loaded_again_and_told_of(
     assert damaged_events(stores) == ['{"address": "http://node", "version": 1}']
 
 
-def test_a_slot_that_stays_damaged_is_told_of_each_time(
-    check: SlotCheck, clock: Clock, node: ScriptedNode, served: list[int], caplog: pytest.LogCaptureFixture
+def test_a_node_whose_slot_stays_damaged_serves_no_more(
+    check: SlotCheck, clock: Clock, node: ScriptedNode, served: list[int], stores: Stores
 ) -> None:
     node.slots, node.damaged, node.reloads_damaged = {2}, {2}, True
-    with caplog.at_level(logging.ERROR):
-        for _ in range(2):
-            check.look([node.client()])
-            clock.now += EVERY_S
-    assert [record.message for record in caplog.records] == ["slot.damaged", "slot.still_damaged"] * 2
+    for _ in range(2):
+        check.look()
+        clock.now += EVERY_S
+    assert "does not hold version 2 as it was trained" in left_out(stores.redis)["http://node"].reason
+    assert len(damaged_events(stores)) == 1, "who does not serve is not looked at"
 
 
-def test_one_node_that_is_away_does_not_keep_another_from_being_checked(
-    check: SlotCheck, node: ScriptedNode, served: list[int]
+def test_one_node_that_does_not_say_does_not_keep_another_from_being_checked(
+    stores: Stores, clock: Clock, node: ScriptedNode, served: list[int]
 ) -> None:
-    away = ScriptedNode()
-    away.ready = False
-    nodes: list[NodeClient] = [away.client("http://away"), node.client()]
-    check.look(nodes)
+    def only_healthy(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 500)
+
+    broken = NodeClient("http://broken", token="t", timeout_s=5, transport=httpx.MockTransport(only_healthy))
+    check_of(stores, clock, broken, node.client()).look()
     assert node.read_back == [0]
 
 
@@ -107,7 +113,7 @@ def test_a_version_that_nobody_registered_is_left_alone(
     check: SlotCheck, node: ScriptedNode, served: list[int]
 ) -> None:
     node.resident, node.slots = {77}, {77}
-    check.look([node.client()])
+    check.look()
     assert (node.read_back, node.slots) == ([], {77})
 
 

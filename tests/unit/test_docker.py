@@ -13,7 +13,7 @@ from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile"))
-EXACT_TAG = re.compile(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*")
+EXACT_TAG = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*")
 CHAINS = {
     device: ("service", f"torch-{device}", "worker", f"node-{device}", "stack", "dev") for device in ("cpu", "cuda")
 }
@@ -39,8 +39,9 @@ def one_shots(services: dict[str, dict[str, Any]]) -> set[str]:
     }
 
 
-def test_only_the_service_publishes_a_port(services: dict[str, dict[str, Any]]) -> None:
-    assert {name for name, service in services.items() if "ports" in service} == {"service"}
+def test_only_the_service_publishes_a_port_and_grafana_on_loopback(services: dict[str, dict[str, Any]]) -> None:
+    assert {name for name, service in services.items() if "ports" in service} == {"service", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for port in services["grafana"]["ports"])
 
 
 def test_every_long_running_service_has_a_health_check(services: dict[str, dict[str, Any]]) -> None:
@@ -72,6 +73,11 @@ def test_each_profile_is_a_whole_errata(services: dict[str, dict[str, Any]], pro
         assert ("deploy" in own[f"{name}-{profile}"]) == (profile == "gpu")
 
 
+def test_who_watches_is_asked_for_by_a_profile_of_its_own(services: dict[str, dict[str, Any]]) -> None:
+    watching = {name for name, service in services.items() if service.get("profiles") == ["observe"]}
+    assert watching == {"prometheus", "grafana"}
+
+
 def test_compose_sets_nothing_that_the_settings_do_not_know(services: dict[str, dict[str, Any]]) -> None:
     known = {f"ERRATA_{name.upper()}" for name in Settings.model_fields}
     for service in services.values():
@@ -79,7 +85,8 @@ def test_compose_sets_nothing_that_the_settings_do_not_know(services: dict[str, 
 
 
 def test_the_internal_token_has_no_default(services: dict[str, dict[str, Any]]) -> None:
-    tokens = {service["environment"]["ERRATA_NODE_TOKEN"] for service in services.values() if "environment" in service}
+    environments = [service["environment"] for service in services.values() if "environment" in service]
+    tokens = {values["ERRATA_NODE_TOKEN"] for values in environments if "ERRATA_REDIS_URL" in values}
     assert len(tokens) == 1
     assert tokens.pop().startswith("${ERRATA_NODE_TOKEN:?")
 

@@ -1,18 +1,22 @@
 """The gateway's proxy between scripted transports: which node, which version, and what comes back."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from redis.exceptions import RedisError
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Send
 
 from service.errors import BusyError, NodeTimeoutError, UnavailableError
+from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
+from service.metrics.process import Passage, ServiceMetrics
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -51,13 +55,18 @@ def breaks_off(request: httpx.Request) -> httpx.Response:
     raise httpx.ReadError("reset", request=request)
 
 
-def proxy_of(nodes: Nodes, *, token: str = "token", max_requests: int = 100) -> Proxy:
+def pool_of(nodes: Nodes, *, token: str = "token", left_out: Callable[[], Collection[str]] = tuple) -> NodePool:
     addresses = [f"http://{host}" for host in nodes.handlers]
-    return Proxy(addresses, token=token, timeout_s=5, max_requests=max_requests, transport=nodes)
+    return NodePool(addresses, token=token, timeout_s=5, left_out=left_out, transport=nodes)
 
 
-async def forward(proxy: Proxy, version: int = 7, **body: Any) -> Response:
-    return await proxy.forward("/v1/completions", {"model": "errata", "prompt": "p", **body}, version)
+def proxy_of(nodes: Nodes, *, max_requests: int = 100) -> Proxy:
+    return Proxy(pool_of(nodes), max_requests=max_requests)
+
+
+async def forward(proxy: Proxy, version: int = 7, *, metrics: ServiceMetrics | None = None, **body: Any) -> Response:
+    passage = Passage(metrics or ServiceMetrics(), version, began=time.perf_counter())
+    return await proxy.forward("/v1/completions", {"model": "errata", "prompt": "p", **body}, version, passage)
 
 
 async def test_the_body_goes_on_with_the_versions_name() -> None:
@@ -72,7 +81,7 @@ async def test_the_body_goes_on_with_the_versions_name() -> None:
 
 async def test_without_a_token_no_header_is_sent() -> None:
     nodes = Nodes(a=completes)
-    await forward(proxy_of(nodes, token=""))
+    await forward(Proxy(pool_of(nodes, token=""), max_requests=1))
     assert "authorization" not in nodes.seen[0].headers
 
 
@@ -160,7 +169,7 @@ async def test_a_node_that_is_silent_is_a_504_and_its_work_is_not_given_to_anoth
         raise httpx.ReadTimeout("silent", request=request)
 
     nodes = Nodes(a=silent, b=silent)
-    with pytest.raises(NodeTimeoutError, match="silent for 5 s"):
+    with pytest.raises(NodeTimeoutError, match="silent for longer"):
         await forward(proxy_of(nodes))
     assert len(nodes.seen) == 1
 
@@ -192,13 +201,14 @@ async def test_the_least_busy_node_is_asked() -> None:
 async def test_a_node_that_holds_the_version_comes_before_one_that_is_less_busy() -> None:
     nodes = Nodes(a=streams(Pieces()), b=streams(Pieces()))
     nodes.holds = {"b": {7}}
-    proxy = proxy_of(nodes)
-    await proxy.start()
+    pool = pool_of(nodes)
+    proxy = Proxy(pool, max_requests=100)
+    await pool.start()
     answers = [await forward(proxy, 7) for _ in range(3)]
     assert [request.url.host for request in nodes.seen] == ["b"] * 3
     for answer in answers:
         await sent(answer, drop)
-    await proxy.stop()
+    await pool.stop()
 
 
 async def test_more_requests_than_the_gateway_allows_are_refused_until_one_has_ended() -> None:
@@ -236,12 +246,13 @@ async def test_a_client_that_left_before_the_first_piece_gives_its_place_back() 
 
 async def test_only_nodes_that_answer_are_asked() -> None:
     nodes = Nodes(a=completes, b=lambda _: httpx.Response(500))
-    proxy = proxy_of(nodes)
-    await proxy.start()
+    pool = pool_of(nodes)
+    proxy = Proxy(pool, max_requests=100)
+    await pool.start()
     for _ in range(3):
         await forward(proxy)
     assert {request.url.host for request in nodes.seen} == {"a"}
-    await proxy.stop()
+    await pool.stop()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +286,8 @@ async def test_the_nodes_guard_is_not_the_clients_business() -> None:
 
 
 class Pieces(httpx.AsyncByteStream):
-    def __init__(self) -> None:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
         self.sent = 0
         self.closed = False
 
@@ -283,6 +295,8 @@ class Pieces(httpx.AsyncByteStream):
         for number in range(3):
             self.sent += 1
             yield f"data: {number}\n\n".encode()
+        if self.broken:
+            raise httpx.ReadError("reset")
 
     async def aclose(self) -> None:
         self.closed = True
@@ -305,3 +319,85 @@ async def test_a_stream_is_passed_on_piece_by_piece_and_closed() -> None:
     await sent(response, write)
     assert written == [(1, b""), (1, b"data: 0\n\n"), (2, b"data: 1\n\n"), (3, b"data: 2\n\n"), (3, b"")]
     assert pieces.closed
+
+
+@pytest.mark.parametrize(("broken", "outcome"), [(False, "ok"), (True, "broken")])
+async def test_a_streams_end_and_first_byte_are_measured(broken: bool, outcome: str) -> None:
+    metrics, pieces = ServiceMetrics(), Pieces(broken=broken)
+    response = await forward(proxy_of(Nodes(a=streams(pieces))), metrics=metrics, stream=True)
+    assert isinstance(response, StreamingResponse)
+    measured = metrics.registry.get_sample_value
+    assert measured("errata_gateway_requests_in_flight") == 1
+    assert measured("errata_gateway_first_byte_seconds_count", {"streamed": "true"}) == 1
+    with suppress(httpx.ReadError):
+        await sent(response, drop)
+    assert measured("errata_gateway_requests_total", {"version": "7", "outcome": outcome}) == 1
+    assert measured("errata_gateway_requests_in_flight") == 0
+    assert pieces.closed
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (404, "client_error")])
+async def test_an_answers_outcome_is_counted(status: int, outcome: str) -> None:
+    metrics = ServiceMetrics()
+    await forward(proxy_of(Nodes(a=lambda _: httpx.Response(status, json={}))), metrics=metrics)
+    assert metrics.registry.get_sample_value("errata_gateway_requests_total", {"version": "7", "outcome": outcome}) == 1
+
+
+async def test_the_gateways_own_time_is_measured() -> None:
+    metrics = ServiceMetrics()
+    await forward(proxy_of(Nodes(a=completes)), metrics=metrics)
+    assert metrics.registry.get_sample_value("errata_gateway_overhead_seconds_count") == 1
+
+
+def refuses_the_version(_: httpx.Request) -> httpx.Response:
+    error = {"message": "version 7 is damaged", "type": "t", "param": "model", "code": "damaged_version"}
+    return httpx.Response(400, json={"error": error})
+
+
+def refuses_the_prompt(_: httpx.Request) -> httpx.Response:
+    error = {"message": "too long", "type": "t", "param": "prompt", "code": "too_long"}
+    return httpx.Response(400, json={"error": error})
+
+
+async def test_a_node_that_refuses_the_version_is_passed_over_and_if_all_do_the_client_is_told() -> None:
+    assert json.loads(bytes((await forward(proxy_of(Nodes(a=refuses_the_version, b=completes)))).body))["host"] == "b"
+    nodes = Nodes(a=refuses_the_version, b=refuses_the_version)
+    response = await forward(proxy_of(nodes))
+    assert (response.status_code, response.headers["x-errata-version"]) == (400, "7")
+    assert json.loads(bytes(response.body))["error"]["code"] == "damaged_version"
+    assert len(nodes.seen) == 2
+
+
+async def test_what_is_wrong_with_the_request_no_other_node_is_asked() -> None:
+    nodes = Nodes(a=refuses_the_prompt, b=refuses_the_prompt)
+    assert (await forward(proxy_of(nodes))).status_code == 400
+    assert len(nodes.seen) == 1
+
+
+async def test_a_node_that_is_left_out_is_never_asked() -> None:
+    nodes = Nodes(a=completes, b=completes)
+    left = {"http://a"}
+    pool = pool_of(nodes, left_out=lambda: left)
+    await pool.start()
+    proxy = Proxy(pool, max_requests=100)
+    for _ in range(3):
+        await forward(proxy)
+    assert {request.url.host for request in nodes.seen} == {"b"}
+    assert pool.readiness() == {"http://a": False, "http://b": True}
+    left.add("http://b")
+    await pool._look()
+    with pytest.raises(UnavailableError):
+        await forward(proxy)
+    await pool.stop()
+
+
+async def test_without_redis_the_nodes_that_were_left_out_stay_so() -> None:
+    def away() -> Collection[str]:
+        raise RedisError("away")
+
+    nodes = Nodes(a=completes, b=completes)
+    pool = pool_of(nodes, left_out=away)
+    pool._nodes[0].left_out = True
+    await pool.start()
+    assert pool.readiness() == {"http://a": False, "http://b": True}
+    await pool.stop()

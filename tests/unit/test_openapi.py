@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from service.generate import OPENAPI, README, MissingMarkersError, main, openapi_document, settings_table, with_settings
+from service.generate import (
+    OBSERVABILITY,
+    OPENAPI,
+    README,
+    MissingMarkersError,
+    main,
+    openapi_document,
+    settings_table,
+    with_metrics,
+    with_settings,
+)
+from service.metrics.catalogue import CATALOGUE
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+METRICS = "# Metrics\n\n<!-- metrics -->\n<!-- /metrics -->\n"
 MARKED = "# Title\n\n<!-- settings -->\nold\n<!-- /settings -->\n\nThe rest.\n"
 
 
@@ -32,6 +44,13 @@ def test_the_openapi_document_is_the_applications() -> None:
 def test_the_readmes_table_is_the_settings() -> None:
     readme = (ROOT / README).read_text(encoding="utf-8")
     assert readme == with_settings(readme), "run `make generated`"
+
+
+def test_the_table_of_metrics_is_the_catalogue() -> None:
+    text = (ROOT / OBSERVABILITY).read_text(encoding="utf-8")
+    assert text == with_metrics(text), "run `make generated`"
+    for name in CATALOGUE:
+        assert f"| `{name}` |" in text
 
 
 def test_every_error_answer_is_in_the_one_shape() -> None:
@@ -68,6 +87,8 @@ def test_without_its_markers_there_is_no_place(readme: str) -> None:
 
 def test_written_then_checked_then_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / README).write_text(MARKED)
+    (tmp_path / OBSERVABILITY.parent).mkdir()
+    (tmp_path / OBSERVABILITY).write_text(METRICS)
     assert main(["--check"], root=tmp_path) == 1
     assert (tmp_path / README).read_text() == MARKED
     assert main([], root=tmp_path) == 0

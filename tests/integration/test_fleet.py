@@ -1,0 +1,186 @@
+"""Fleet between a real Redis and scripted nodes: enough of them hold a version, and who cannot is left out."""
+
+import itertools
+
+import pytest
+from scripted_node import ScriptedNode
+from scripted_worker import ScriptedWorker
+
+from service.errors import UnavailableError
+from service.fleet import Fleet, left_out
+from service.nodes import NodeRefusedError
+from service.schemas import VersionRecord
+from service.stores import Stores
+
+DAMAGED, AWAY = (409, "damaged_version"), (503, "store_unavailable")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def nodes() -> list[ScriptedNode]:
+    return [ScriptedNode() for _ in range(3)]
+
+
+@pytest.fixture
+def base(stores: Stores, worker: ScriptedWorker) -> VersionRecord:
+    return stores.registry.get(0)
+
+
+def fleet_of(stores: Stores, nodes: list[ScriptedNode], clock: Clock, *, quorum: float = 1) -> Fleet:
+    clients = [node.client(f"http://node{number}") for number, node in enumerate(nodes)]
+    return Fleet(clients, stores.redis, stores.events, stores.measures, quorum=quorum, clock=clock)
+
+
+def addresses(fleet: Fleet) -> list[str]:
+    return [node.address for node in fleet.serving()]
+
+
+def events(stores: Stores) -> list[str]:
+    return [fields["type"] for _, fields in stores.redis.xrange("errata:events") if "node." in fields["type"]]
+
+
+def test_a_version_is_loaded_on_every_node_that_answers(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    nodes[1].ready = False
+    holding = fleet_of(stores, nodes, clock).load(7)
+    assert [node.address for node in holding] == ["http://node0", "http://node2"]
+    assert [7 in node.resident for node in nodes] == [True, False, True]
+
+
+def test_without_a_node_nothing_is_loaded(stores: Stores, nodes: list[ScriptedNode], clock: Clock) -> None:
+    for node in nodes:
+        node.ready = False
+    with pytest.raises(UnavailableError) as error:
+        fleet_of(stores, nodes, clock).load(7)
+    assert error.value.code == "no_ready_node"
+
+
+def test_what_every_node_refuses_is_refused(stores: Stores, nodes: list[ScriptedNode], clock: Clock) -> None:
+    for node in nodes:
+        node.refuses[7] = DAMAGED
+    fleet = fleet_of(stores, nodes, clock)
+    with pytest.raises(NodeRefusedError) as error:
+        fleet.load(7)
+    assert error.value.code == "damaged_version"
+    assert len(addresses(fleet)) == 3, "the version is at fault, not the nodes"
+
+
+def test_a_node_that_refuses_what_others_hold_is_left_out(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    nodes[0].refuses[7] = DAMAGED
+    fleet = fleet_of(stores, nodes, clock)
+    assert len(fleet.load(7)) == 2
+    assert addresses(fleet) == ["http://node1", "http://node2"]
+    assert left_out(stores.redis)["http://node0"].reason.endswith("version 7 refused")
+    assert events(stores) == ["node.left_out"]
+
+
+def test_a_node_that_holds_other_bits_is_left_out(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[2].damaged = {0}
+    fleet = fleet_of(stores, nodes, clock)
+    assert [node.address for node in fleet.load(0, base.tensors)] == ["http://node0", "http://node1"]
+    assert addresses(fleet) == ["http://node0", "http://node1"]
+
+
+@pytest.mark.parametrize(("quorum", "silent", "enough"), [(1, 1, False), (0.6, 1, True), (0.6, 2, False)])
+def test_a_node_that_may_load_it_later_is_waited_for_unless_the_quorum_holds_it(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, quorum: float, silent: int, enough: bool
+) -> None:
+    for node in nodes[:silent]:
+        node.refuses[7] = AWAY
+    fleet = fleet_of(stores, nodes, clock, quorum=quorum)
+    if enough:
+        assert len(fleet.load(7)) == 3 - silent
+    else:
+        with pytest.raises(UnavailableError, match=f"{3 - silent} of 3 nodes hold version 7, . must"):
+            fleet.load(7)
+    assert len(addresses(fleet)) == 3, "what it holds it serves"
+
+
+def test_a_quorum_is_never_nobody(stores: Stores, nodes: list[ScriptedNode], clock: Clock) -> None:
+    nodes[0].refuses[7], nodes[1].refuses[7], nodes[2].refuses[7] = DAMAGED, DAMAGED, AWAY
+    with pytest.raises(UnavailableError):
+        fleet_of(stores, nodes, clock, quorum=0.01).load(7)
+
+
+def test_a_node_that_is_left_out_is_tried_again_less_and_less_often(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = DAMAGED, set()
+    fleet = fleet_of(stores, nodes, clock)
+    tried = []
+    for _ in range(200):
+        before = left_out(stores.redis).get("http://node0")
+        fleet.heal(base)
+        if left_out(stores.redis)["http://node0"] != before:
+            tried.append(clock.now)
+        clock.now += 1
+    waits = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert waits == [2, 4, 8, 16, 30, 30, 30, 30, 30]
+    assert events(stores).count("node.left_out") == 1
+
+
+def test_a_node_that_holds_the_active_version_again_is_taken_back(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = DAMAGED, set()
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.heal(base)
+    assert addresses(fleet) == ["http://node1", "http://node2"]
+    nodes[0].refuses.clear()
+    clock.now += 1
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 2, "not before its time"
+    clock.now += 1
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 3
+    assert events(stores)[-2:] == ["node.left_out", "node.taken_back"]
+
+
+def test_a_node_that_still_holds_other_bits_is_not_taken_back(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].damaged = {0}
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.load(0, base.tensors)
+    clock.now += 100
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 2
+    nodes[0].damaged.clear()
+    clock.now += 100
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 3
+
+
+def test_a_node_that_is_busy_goes_on_serving(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = AWAY, {7}
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 3
+    nodes[0].refuses.clear()
+    fleet.heal(base)
+    assert nodes[0].resident == {0, 7}
+
+
+def test_every_process_knows_who_is_left_out(stores: Stores, nodes: list[ScriptedNode], clock: Clock) -> None:
+    nodes[0].refuses[7] = DAMAGED
+    fleet_of(stores, nodes, clock).load(7)
+    assert addresses(fleet_of(stores, nodes, clock)) == ["http://node1", "http://node2"]

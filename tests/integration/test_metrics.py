@@ -1,0 +1,277 @@
+"""GET /metrics over the real application: what it says after a life of edits, and what it says when parts are away."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from redis_server import RedisServer, free_port
+from scripted_node import ScriptedNode, listening
+from scripted_worker import ScriptedWorker, fact
+from service_process import serving
+
+from service.metrics.catalogue import CATALOGUE
+from service.nodes import NodeClient
+from service.queue import TaskQueue
+from service.reconcile import Reconciler
+from service.schemas import EditStatus, EpochLoss, RunStatus, VersionState
+from service.settings import Settings
+from service.stores import Stores
+
+pytestmark = pytest.mark.timeout(60)
+
+Samples = Mapping[str, float]
+# Redis' answers and connections: a number that does not depend on how many edits there are.
+MOST_COMMANDS = 45
+
+
+@pytest.fixture(scope="module")
+def shared_node() -> Iterator[tuple[ScriptedNode, str]]:
+    node = ScriptedNode()
+    with listening(node) as address:
+        yield node, address
+
+
+@pytest.fixture
+def node(shared_node: tuple[ScriptedNode, str]) -> ScriptedNode:
+    return shared_node[0]
+
+
+@pytest.fixture(scope="module")
+def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: tuple[ScriptedNode, str]) -> Iterator[str]:
+    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(shared_node[1],))
+    with serving(settings) as url:
+        yield url
+
+
+@pytest.fixture
+def service(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def control(
+    stores: Stores, queue: TaskQueue, settings: Settings, shared_node: tuple[ScriptedNode, str]
+) -> Iterator[Reconciler]:
+    """The reconciler of a control worker that has the same node as the service."""
+    node = NodeClient(shared_node[1], token="node-token", timeout_s=5)
+    yield Reconciler(stores, [node], queue, settings)
+    node._http.close()
+
+
+def scraped(service: httpx.Client) -> Samples:
+    """Every sample as ``name{label="value",…}``; each metric is of the catalogue, with its kind and labels."""
+    response = service.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples = {}
+    for found in text_string_to_metric_families(response.text):
+        metric = CATALOGUE[found.name + "_total" * (found.type == "counter")]
+        assert (found.type, found.documentation) == (metric.kind, metric.meaning)
+        for sample in found.samples:
+            assert set(sample.labels) - {"le"} == set(metric.labels), sample
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples
+
+
+def names(samples: Samples) -> set[str]:
+    found = {name.partition("{")[0] for name in samples}
+    return {name if name in CATALOGUE else name.rpartition("_")[0] for name in found}
+
+
+def test_every_metric_is_there_after_a_life_of_edits(
+    service: httpx.Client,
+    stores: Stores,
+    worker: ScriptedWorker,
+    node: ScriptedNode,
+    control: Reconciler,
+    shared_node: tuple[ScriptedNode, str],
+) -> None:
+    worker.nodes = [node]
+    stores.runs.beat("worker-1")
+    edits = stores.edits.submit([fact("a", "1"), fact("b", "2")])
+    stores.redis.hincrby(f"errata:edit:{edits[0].id}", "accepted_at", -40)
+    run, _ = worker.train()
+    control.publish(run.id)
+    control.tick()
+    # A second run, up to its training.
+    stores.edits.submit([fact("c", "3")])
+    run, _ = worker.begin()
+    stores.runs.add_epoch(run.id, EpochLoss(epoch=1, loss=0.25, steps=3, seconds=2), eta_s=4)
+    stores.runs.add_timing(run.id, "train", 7.0)
+    stores.edits.submit([fact("d", "4")])
+    assert service.post("/versions/0/activate").status_code == 202
+    assert service.post("/v1/completions", json={"model": "errata@1", "prompt": "a"}).status_code == 200
+
+    samples = scraped(service)
+    assert names(samples) == set(CATALOGUE)
+    where = shared_node[1].removeprefix("http://")
+    assert (
+        samples.items()
+        >= {
+            "errata_redis_up": 1,
+            'errata_edits{status="held"}': 2,
+            'errata_edits{status="training"}': 1,
+            'errata_edits{status="queued"}': 1,
+            "errata_edits_accepted_total": 4,
+            'errata_edit_oldest_age_seconds{status="trained"}': 0,
+            'errata_edit_to_live_seconds_bucket{le="30.0"}': 1,
+            'errata_edit_to_live_seconds_bucket{le="60.0"}': 2,
+            "errata_edit_to_live_seconds_count": 2,
+            'errata_runs{status="queued"}': 0,
+            'errata_runs{status="training"}': 1,
+            'errata_runs{status="verifying"}': 0,
+            'errata_runs_ended_total{status="succeeded"}': 1,
+            'errata_runs_ended_total{status="failed"}': 0,
+            'errata_run_phase_seconds_bucket{le="5.0",phase="train"}': 0,
+            'errata_run_phase_seconds_bucket{le="10.0",phase="train"}': 1,
+            'errata_run_phase_seconds_sum{phase="train"}': 7,
+            'errata_run_phase_seconds_count{phase="load"}': 1,
+            'errata_run_phase_seconds_count{phase="verify"}': 1,
+            'errata_run_phase{phase="claim"}': 1,
+            "errata_run_epoch": 1,
+            "errata_run_loss": 0.25,
+            "errata_run_eta_seconds": 4,
+            "errata_train_workers": 1,
+            "errata_versions": 2,
+            'errata_versions_judged_total{outcome="verified"}': 1,
+            'errata_versions_judged_total{outcome="rejected"}': 0,
+            "errata_active_version": 0,
+            "errata_activations_total": 3,
+            "errata_activation_seconds_count": 1,
+            "errata_version_load_seconds_count": 2,
+            "errata_checksum_mismatches_total": 0,
+            "errata_nodes_ready": 1,
+            f'errata_node_ready{{node="{where}"}}': 1,
+            f'errata_node_resident_versions{{node="{where}"}}': 2,
+            f'errata_node_holds_active_version{{node="{where}"}}': 1,
+            'errata_http_requests_total{method="POST",route="/versions/{number}/activate",status="202"}': 1,
+            'errata_gateway_requests_total{outcome="ok",version="1"}': 1,
+            "errata_gateway_overhead_seconds_count": 1,
+            'errata_gateway_first_byte_seconds_count{streamed="false"}': 1,
+            "errata_gateway_requests_in_flight": 0,
+            "errata_http_requests_in_flight": 1,
+        }.items()
+    )
+    assert 39 < samples["errata_edit_to_live_seconds_sum"] < 60
+    assert samples["errata_redis_memory_bytes"] > 100_000
+    assert abs(time.time() - samples["errata_control_last_tick_timestamp_seconds"]) < 30
+    assert 0 <= samples['errata_edit_oldest_age_seconds{status="queued"}'] < 30
+    assert (
+        samples["errata_gateway_overhead_seconds_sum"]
+        < samples['errata_gateway_first_byte_seconds_sum{streamed="false"}']
+    )
+
+
+def test_failures_are_counted_in_a_row_until_a_run_succeeds(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+) -> None:
+    worker.nodes = [node]
+    for _ in range(2):
+        stores.edits.submit([fact("a", "1")])
+        worker.mistakes = {"a": "wrong"}
+        run, version = worker.train()
+        control.publish(run.id)
+        assert stores.registry.get(version).state is VersionState.REJECTED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node, "tensors", {})
+        run, _ = worker.train()
+        control.publish(run.id)
+    samples = scraped(service)
+    assert samples["errata_runs_failed_in_a_row"] == 3
+    assert samples['errata_runs_ended_total{status="failed"}'] == 3
+    assert samples['errata_versions_judged_total{outcome="rejected"}'] == 3
+    assert samples["errata_checksum_mismatches_total"] == 1
+    stores.runs.finish(worker.begin()[0].id, RunStatus.CANCELLED)
+    assert scraped(service)["errata_runs_failed_in_a_row"] == 3
+    stores.runs.finish(worker.begin()[0].id, RunStatus.SUCCEEDED)
+    assert scraped(service)["errata_runs_failed_in_a_row"] == 0
+
+
+def test_only_the_way_to_live_is_measured_and_a_release_begins_it_anew(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+) -> None:
+    worker.nodes = [node]
+    [edit] = stores.edits.submit([fact("a", "1")])
+    run, version = worker.train()
+    control.publish(run.id)
+    for number in (0, version):
+        control.activate(number)
+    assert stores.edits.get(edit.id).status is EditStatus.LIVE
+    assert scraped(service)["errata_edit_to_live_seconds_count"] == 1
+    control.activate(0)
+    stores.redis.hset(f"errata:edit:{edit.id}", "accepted_at", 1)
+    stores.edits.release(edit.id)
+    assert scraped(service)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
+
+
+def test_an_edit_without_an_acceptance_is_shown_and_not_measured(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+) -> None:
+    worker.nodes = [node]
+    [edit] = stores.edits.submit([fact("a", "1")])
+    stores.redis.hdel(f"errata:edit:{edit.id}", "accepted_at")
+    assert scraped(service)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
+    run, _ = worker.train()
+    control.publish(run.id)
+    assert stores.edits.get(edit.id).status is EditStatus.LIVE
+    assert scraped(service)["errata_edit_to_live_seconds_count"] == 0
+
+
+def test_a_scrape_costs_the_same_however_many_edits_there_are(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker
+) -> None:
+    def cost() -> int:
+        def commands() -> int:
+            return cast(int, stores.redis.info("stats")["total_commands_processed"])  # type: ignore[index]
+
+        idle = -commands() + commands()
+        before = commands()
+        scraped(service)
+        return commands() - before - idle
+
+    stores.edits.submit([fact("first", "x")])
+    worker.begin()
+    stores.edits.submit([fact("second", "x")])
+    scraped(service)
+    few = cost()
+    stores.edits.submit([fact(f"prompt {number}", "x") for number in range(400)])
+    assert cost() == few < MOST_COMMANDS
+
+
+def test_labels_are_bounded(service: httpx.Client, worker: ScriptedWorker) -> None:
+    for number, method in enumerate(("PROPFIND", "MKCOL", "LOCK")):
+        service.get(f"/no/such/path/{number}")
+        service.request(method, "/edits")
+        service.get(f"/edits/edit_{number}")
+    routes = {name for name in scraped(service) if name.startswith("errata_http_requests_total")}
+    assert {name for name in routes if "such" in name or "MKCOL" in name or "edit_0" in name} == set()
+    assert 'errata_http_requests_total{method="GET",route="none",status="404"}' in routes
+    assert 'errata_http_requests_total{method="other",route="/edits",status="405"}' in routes
+    assert 'errata_http_requests_total{method="GET",route="/edits/{edit_id}",status="404"}' in routes
+
+
+def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Path) -> None:
+    redis = RedisServer(tmp_path)
+    redis.start()
+    away = f"http://user:secret@127.0.0.1:{free_port()}"
+    settings = Settings(redis_url=redis.url, model=str(tokenizer_folder), nodes=(away,))
+    with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as service:
+        assert scraped(service)["errata_redis_up"] == 1
+        redis.kill()
+        began = time.monotonic()
+        samples = scraped(service)
+        assert time.monotonic() - began < 5
+        assert samples["errata_redis_up"] == 0
+        assert samples["errata_nodes_ready"] == 0
+        assert samples[f'errata_node_ready{{node="{away.rpartition("@")[2]}"}}'] == 0
+        assert samples['errata_http_requests_total{method="GET",route="/metrics",status="200"}'] == 1
+        assert not [name for name in samples if name.startswith(("errata_edits", "errata_runs", "errata_versions"))]
+        redis.start()
+        assert scraped(service)["errata_redis_up"] == 1
+    redis.stop()
