@@ -48,6 +48,15 @@ class EventKeys:
     events: str = "errata:events"
 
 
+@dataclass(frozen=True)
+class ApiKeyKeys:
+    """Keys that KeyStore owns."""
+
+    api_key: str = "errata:api_key:"  # … id: hash of one API key, its secret as a SHA-256
+    api_keys: str = "errata:api_keys"  # list of all ids, newest first
+
+
 def all_keys() -> dict[str, str]:
     """Every key by its field's name, as the scripts want them."""
-    return {**asdict(EditKeys()), **asdict(VersionKeys()), **asdict(RunKeys()), **asdict(EventKeys())}
+    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), ApiKeyKeys())
+    return {name: key for owner in owners for name, key in asdict(owner).items()}

@@ -1,4 +1,4 @@
-"""Stores: the Redis-backed owners of edits, versions, runs and events, built once in each process."""
+"""Stores: the Redis-backed owners of edits, versions, runs, events and API keys, built once in each process."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from service.api_keys import KeyStore
 from service.events import EventStream
 from service.registry import VersionRegistry
 from service.runs import RunStore
@@ -22,6 +23,7 @@ class Stores:
     registry: VersionRegistry
     runs: RunStore
     events: EventStream
+    keys: KeyStore
 
     @classmethod
     def connect(cls, settings: Settings) -> "Stores":
@@ -50,4 +52,5 @@ class Stores:
             registry=VersionRegistry(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
+            keys=KeyStore(redis, events_max=settings.events_max),
         )

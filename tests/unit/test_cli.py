@@ -59,7 +59,7 @@ def test_help_names_every_command() -> None:
         "activate",
     ]:
         assert f" {name} " in result.output
-    for name in ["rollback", "runs", "ask", "doctor", "demo"]:
+    for name in ["rollback", "runs", "ask", "doctor", "demo", "keys"]:
         assert f" {name} " in result.output
 
 
