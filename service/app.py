@@ -9,9 +9,11 @@ from fastapi import FastAPI
 from redis.asyncio import Redis as AsyncRedis
 
 from service.api import edits, events, health, runs, versions
+from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, RequestId
+from service.api.scopes import document_scopes
 from service.events import BLOCK_S
 from service.gateway import router as gateway
 from service.gateway.proxy import Proxy
@@ -34,9 +36,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Raises:
         ValueError: a setting is unknown or wrong.
+        NoKeyError: it would listen where others can reach it, and there is no API key.
     """
     configure_logging(logging.INFO)
     chosen = settings or Settings.from_env()
+    require_a_key(chosen)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,7 +72,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
+    app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(RequestId)
     for router in (edits.router, versions.router, runs.router, events.router, health.router, gateway.router):
         app.include_router(router)
+    document_scopes(app)
     return app

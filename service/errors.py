@@ -53,6 +53,22 @@ class TooLargeError(InvalidRequestError):
     default_code = "body_too_large"
 
 
+class InvalidApiKeyError(ErrataError):
+    """The request needs an API key and has none that is usable."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class MissingScopeError(ErrataError):
+    """The key is good, for something else."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "missing_scope"
+
+
 class NotFoundError(ErrataError):
     """No such edit, version, run or path."""
 

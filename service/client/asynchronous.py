@@ -10,7 +10,15 @@ from service.client import calls
 from service.client.calls import Answer, Call, ImportSource
 from service.client.errors import ApiError, connection_errors
 from service.client.sse import EventParser
-from service.client.transport import DEFAULT_TIMEOUT_S, DEFAULT_URL, RETRIES, event_request, request_options, timeouts
+from service.client.transport import (
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    RETRIES,
+    authorization,
+    event_request,
+    request_options,
+    timeouts,
+)
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
@@ -32,12 +40,13 @@ T = TypeVar("T")
 
 
 class AsyncErrataClient:
-    """The service at one address; what ErrataClient says of errors and retries holds here too."""
+    """The service at one address; what ErrataClient says of errors, retries and the API key holds here too."""
 
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -46,6 +55,7 @@ class AsyncErrataClient:
         with connection_errors(base_url):
             self._http = httpx.AsyncClient(
                 base_url=base_url,
+                headers=authorization(api_key),
                 timeout=timeouts(timeout_s),
                 transport=transport or httpx.AsyncHTTPTransport(retries=RETRIES),
             )

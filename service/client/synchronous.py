@@ -10,7 +10,15 @@ from service.client import calls
 from service.client.calls import Answer, Call, ImportSource
 from service.client.errors import ApiError, connection_errors
 from service.client.sse import EventParser
-from service.client.transport import DEFAULT_TIMEOUT_S, DEFAULT_URL, RETRIES, event_request, request_options, timeouts
+from service.client.transport import (
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    RETRIES,
+    authorization,
+    event_request,
+    request_options,
+    timeouts,
+)
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
@@ -35,13 +43,15 @@ class ErrataClient:
     """The service at one address.
 
     Every method raises ApiError if the service answers with an error, and ConnectionFailedError if it does not answer.
-    A connection that cannot be made is tried again twice; a request that was sent is not.
+    A connection that cannot be made is tried again twice; a request that was sent is not. Without ``api_key`` the
+    environment's ``ERRATA_API_KEY`` is sent, if there is one.
     """
 
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -50,6 +60,7 @@ class ErrataClient:
         with connection_errors(base_url):
             self._http = httpx.Client(
                 base_url=base_url,
+                headers=authorization(api_key),
                 timeout=timeouts(timeout_s),
                 transport=transport or httpx.HTTPTransport(retries=RETRIES),
             )

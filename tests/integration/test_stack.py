@@ -10,6 +10,7 @@ from redis import Redis
 from redis_server import RedisServer
 
 from service import stack as module
+from service.cli.options import connect
 from service.settings import Settings
 from service.stack import Stack, StackError
 
@@ -39,6 +40,26 @@ def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path:
     orphan.kill()
     with pytest.raises(StackError, match="has no config"):
         Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
+
+
+def test_the_operators_key_is_with_the_secrets(tmp_path: Path) -> None:
+    """Who owns the home needs no key in the shell: the command takes the running stack's."""
+    key = "operators-key-of-thirty-two-characters"
+    stack = Stack(Settings.model_validate({"home": tmp_path, "api_key": key}))
+    secrets = stack._secrets(1)
+    assert Settings.from_env({name: text for name, text in secrets.items() if name.startswith("ERRATA_")}).api_key
+    assert secrets["ERRATA_API_KEY"] == key
+
+
+@pytest.mark.parametrize(("given", "sent"), [("", "kept-by-the-stack"), ("given-in-the-shell", "given-in-the-shell")])
+def test_the_commands_key_is_the_shells_or_the_stacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, sent: str
+) -> None:
+    monkeypatch.setattr(Stack, "url", lambda _: "http://127.0.0.1:1")
+    monkeypatch.setattr(Stack, "settings", lambda _: Settings.model_validate({"api_key": "kept-by-the-stack" * 2}))
+    monkeypatch.setenv("ERRATA_API_KEY", given * 2)
+    with connect(tmp_path, None) as client:
+        assert client._http.headers["authorization"] == f"Bearer {sent * 2}"
 
 
 @pytest.mark.parametrize(("ready", "status"), [(False, 130), (True, 0)])
