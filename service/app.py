@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from redis.asyncio import Redis as AsyncRedis
 
-from service.api import edits, events, health, runs, versions
+from service.api import audit, edits, events, health, runs, versions
 from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
@@ -74,7 +74,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
     app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(RequestId)
-    for router in (edits.router, versions.router, runs.router, events.router, health.router, gateway.router):
+    for router in (
+        edits.router,
+        versions.router,
+        runs.router,
+        events.router,
+        audit.router,
+        health.router,
+        gateway.router,
+    ):
         app.include_router(router)
     document_scopes(app)
     return app

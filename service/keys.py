@@ -56,7 +56,14 @@ class ApiKeyKeys:
     api_keys: str = "errata:api_keys"  # list of all ids, newest first
 
 
+@dataclass(frozen=True)
+class AuditKeys:
+    """Keys that AuditLog owns."""
+
+    audit: str = "errata:audit"  # stream that is never trimmed
+
+
 def all_keys() -> dict[str, str]:
     """Every key by its field's name, as the scripts want them."""
-    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), ApiKeyKeys())
+    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), ApiKeyKeys(), AuditKeys())
     return {name: key for owner in owners for name, key in asdict(owner).items()}

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from redis.exceptions import LockError
 
+from service.audit import Actor, acting
 from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
@@ -107,7 +108,8 @@ class Reconciler:
         try:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
-                self._publish(run)
+                with acting(Actor(run=run.id)):
+                    self._publish(run)
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
             self._give_up_in_time(run, error)

@@ -307,6 +307,24 @@ class Event(Schema):
     data: dict[str, Any]
 
 
+class AuditEntry(Schema):
+    """One change of what the model says, or of who may change it.
+
+    ``version`` is the one that was active once it was done, None before there was any.
+    """
+
+    object: Literal["audit_entry"] = "audit_entry"
+    id: str
+    action: str
+    actor: str
+    actor_name: str | None
+    request_id: str | None
+    run: str | None
+    version: int | None
+    data: dict[str, Any]
+    created_at: int
+
+
 class Page(Schema, Generic[T]):
     """A page of a list; ``after`` takes the last id of the page before."""
 

@@ -1,4 +1,4 @@
-"""Stores: the Redis-backed owners of edits, versions, runs, events and API keys, built once in each process."""
+"""Stores: the Redis-backed owners of what Errata keeps, built once in each process."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from service.api_keys import KeyStore
+from service.audit import AuditLog
 from service.events import EventStream
 from service.registry import VersionRegistry
 from service.runs import RunStore
@@ -24,6 +25,7 @@ class Stores:
     runs: RunStore
     events: EventStream
     keys: KeyStore
+    audit: AuditLog
 
     @classmethod
     def connect(cls, settings: Settings) -> "Stores":
@@ -53,4 +55,5 @@ class Stores:
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
             keys=KeyStore(redis, events_max=settings.events_max),
+            audit=AuditLog(redis),
         )

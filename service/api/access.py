@@ -17,6 +17,7 @@ from service.api.errors import redis_unavailable
 from service.api.middleware import refuse
 from service.api.scopes import scopes_for
 from service.api_keys import ApiKey, Credential, KeyStore
+from service.audit import Actor, acting
 from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError
 from service.settings import Settings
 from service.stores import Stores
@@ -27,6 +28,7 @@ CACHE_S = 5.0
 """A key that is revoked is refused so many seconds later at most, by every process."""
 _TOUCH_S = 60
 OPERATOR = "operator"
+ANONYMOUS = "anonymous"
 
 
 class NoKeyError(ErrataError):
@@ -127,6 +129,12 @@ class Caller:
         return self.key is None or await self.keyring.key_of(self.token, self.store) is not None
 
 
+def _actor(scope: Scope) -> Actor:
+    key: ApiKey | None = scope["state"]["caller"].key
+    request_id = scope["state"]["request_id"]
+    return Actor(key.id, key.name, request_id) if key else Actor(ANONYMOUS, request_id=request_id)
+
+
 class KeyDemand:
     """Asks for a key where one is needed, before anything of the body is read."""
 
@@ -149,7 +157,8 @@ class KeyDemand:
         except RedisError as error:
             await refuse(send, redis_unavailable(error))
             return
-        await self._app(scope, receive, send)
+        with acting(_actor(scope)):
+            await self._app(scope, receive, send)
 
     def _demands(self, scope: Scope) -> bool:
         # The setting may be wrong about what the server was told to listen on; the socket is not.

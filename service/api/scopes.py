@@ -38,6 +38,7 @@ SCOPES: Mapping[tuple[str, str], Scope | None] = MappingProxyType(
         ("POST", "/rollback"): Scope.OPERATE,
         ("POST", "/runs"): Scope.OPERATE,
         ("POST", "/runs/{run_id}/cancel"): Scope.OPERATE,
+        ("GET", "/audit"): Scope.OPERATE,
         ("GET", "/health/live"): None,
         ("GET", "/health/ready"): None,
     }

@@ -11,6 +11,7 @@ import typer
 from redis.exceptions import RedisError
 
 from service.api_keys import MAX_RATE, ApiKey, KeyStore, Scope
+from service.audit import Actor, acting
 from service.cli.options import Home, Json, print_json, read_settings
 from service.console import ago, make_console, table
 from service.errors import UnavailableError
@@ -104,7 +105,8 @@ def _store(home: Path | None) -> Iterator[KeyStore]:
         settings = Stack(settings).settings()
     stores = Stores.connect(settings)
     try:
-        yield stores.keys
+        with acting(Actor("cli")):
+            yield stores.keys
     except RedisError as error:
         raise UnavailableError(f"Redis does not answer: {error}", code="redis_unavailable") from error
     finally:

@@ -22,6 +22,7 @@ from service.client.transport import (
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -188,6 +189,10 @@ class AsyncErrataClient:
     async def cancel_run(self, run_id: str) -> Run:
         """Stops a run."""
         return await self._send(calls.cancel_run(run_id))
+
+    async def audit(self, *, after: str | None = None, limit: int = 100) -> Page[AuditEntry]:
+        """One page of who changed what the model says, newest first."""
+        return await self._send(calls.audit(after, limit))
 
     async def health(self) -> Health:
         """Whether the service is ready, and what is missing."""

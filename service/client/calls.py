@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from service.client.errors import ApiError, ClientError
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -190,6 +191,11 @@ def start_run() -> Call[Run]:
 def cancel_run(run_id: str) -> Call[Run]:
     """``POST /runs/{id}/cancel``."""
     return Call("POST", f"/runs/{_segment(run_id)}/cancel", _model(Run))
+
+
+def audit(after: str | None, limit: int) -> Call[Page[AuditEntry]]:
+    """``GET /audit``."""
+    return Call("GET", "/audit", _model(Page[AuditEntry]), params=_given(after=after, limit=limit))
 
 
 def health() -> Call[Health]:

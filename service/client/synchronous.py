@@ -22,6 +22,7 @@ from service.client.transport import (
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -192,6 +193,10 @@ class ErrataClient:
     def cancel_run(self, run_id: str) -> Run:
         """Stops a run."""
         return self._send(calls.cancel_run(run_id))
+
+    def audit(self, *, after: str | None = None, limit: int = 100) -> Page[AuditEntry]:
+        """One page of who changed what the model says, newest first."""
+        return self._send(calls.audit(after, limit))
 
     def health(self) -> Health:
         """Whether the service is ready, and what is missing."""

@@ -24,6 +24,11 @@ for _, edit in ipairs(new) do
   supersede_others(edit.id)
   redis.call('SADD', keys.prompt .. edit.prompt_key, edit.id)
 end
+if #new > 0 then
+  local stored = {}
+  for _, edit in ipairs(new) do stored[#stored + 1] = edit.id end
+  audit('edits.submitted', {ids = stored})
+end
 redis.call('DEL', keys.hold)
 
 if once ~= cjson.null and once then

@@ -59,7 +59,7 @@ def test_help_names_every_command() -> None:
         "activate",
     ]:
         assert f" {name} " in result.output
-    for name in ["rollback", "runs", "ask", "doctor", "demo", "keys"]:
+    for name in ["rollback", "runs", "ask", "doctor", "demo", "keys", "audit"]:
         assert f" {name} " in result.output
 
 
