@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from service import api_keys
 from service.api.dependencies import Parts
 from service.api.errors import redis_unavailable
 from service.api.middleware import refuse
+from service.api.rates import Rates
 from service.api.scopes import scopes_for
 from service.api_keys import ApiKey, Credential, KeyStore
 from service.audit import Actor, acting
-from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError
+from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError, RateLimitedError
 from service.settings import Settings
 from service.stores import Stores
 
@@ -142,6 +144,7 @@ class KeyDemand:
         self._app = app
         self._always = settings.auth == "required" or not is_loopback(settings.host)
         self._keyring = Keyring(settings.api_key.get_secret_value())
+        self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -171,6 +174,7 @@ class KeyDemand:
         Raises:
             InvalidApiKeyError: there is no usable key with the request.
             MissingScopeError: the key does not open the route.
+            RateLimitedError: the key asks more often than it may.
         """
         parts: Parts = scope["app"].state.parts
         demanded = scopes_for(scope["app"].routes, scope) if self._demands(scope) else None
@@ -182,6 +186,10 @@ class KeyDemand:
             refusal = InvalidApiKeyError("this needs a usable API key, sent as `Authorization: Bearer …`")
             refusal.headers["WWW-Authenticate"] = "Bearer"
             raise refusal
+        if wait_s := self._rates.wait_s(key):
+            limit = RateLimitedError(f"key {key.id} may ask {key.rate} times a minute")
+            limit.headers["Retry-After"] = str(math.ceil(wait_s))
+            raise limit
         if demanded.isdisjoint(key.scopes):
             raise MissingScopeError(f"key {key.id} does not have the scope {' or '.join(sorted(demanded))}")
         return Caller(key, token, self._keyring, parts.stores.keys)

@@ -178,6 +178,18 @@ def test_a_stream_ends_with_its_key(api: httpx.Client, stores: Stores, monkeypat
     assert_refused(api.get("/edits", headers=bearer(made.key)))
 
 
+def test_a_key_that_asks_too_often(api: httpx.Client, stores: Stores) -> None:
+    headers = bearer(stores.keys.create("eager", [Scope.READ], rate=3).key)
+    other = bearer(stores.keys.create("other", [Scope.READ], rate=3).key)
+    statuses = [api.get("/edits", headers=headers).status_code for _ in range(2)]
+    assert [*statuses, api.post("/runs", headers=headers).status_code] == [200, 200, 403], "refusals count too"
+    refused = api.get("/edits", headers=headers)
+    assert_error(refused, 429, code="rate_limited")
+    assert 1 <= int(refused.headers["retry-after"]) <= 20
+    assert api.get("/health/live", headers=headers).status_code == 200
+    assert api.get("/edits", headers=other).status_code == 200
+
+
 def test_on_loopback_nobody_is_asked(module_settings: Settings, stores: Stores) -> None:
     with serving(module_settings.model_copy(update={"auth": "auto"})) as url:
         assert httpx.get(f"{url}/edits").status_code == 200
