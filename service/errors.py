@@ -69,6 +69,14 @@ class MissingScopeError(ErrataError):
     default_code = "missing_scope"
 
 
+class NotLocalError(ErrataError):
+    """The address is open to this machine, and the request is a web page's from elsewhere."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "not_local"
+
+
 class NotFoundError(ErrataError):
     """No such edit, version, run or path."""
 

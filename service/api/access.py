@@ -1,6 +1,5 @@
 """ASGI middleware: who is let in, and how long what Redis says of a key is believed."""
 
-import ipaddress
 import logging
 import math
 import time
@@ -13,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import api_keys
+from service.api.addresses import is_foreign, is_loopback
 from service.api.dependencies import Parts
 from service.api.errors import redis_unavailable
 from service.api.middleware import refuse
@@ -20,7 +20,7 @@ from service.api.rates import Rates
 from service.api.scopes import scopes_for
 from service.api_keys import ApiKey, Credential, KeyStore
 from service.audit import Actor, acting
-from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError, RateLimitedError
+from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError, NotLocalError, RateLimitedError
 from service.settings import Settings
 from service.stores import Stores
 
@@ -37,16 +37,6 @@ class NoKeyError(ErrataError):
     """The service would listen where anybody can reach it, and there is no key to ask for."""
 
     default_code = "no_api_key"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; a name other than ``localhost`` may be anything."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def require_a_key(settings: Settings) -> None:
@@ -173,14 +163,22 @@ class KeyDemand:
 
         Raises:
             InvalidApiKeyError: there is no usable key with the request.
+            NotLocalError: no key is needed, and a page from elsewhere made a browser send it.
             MissingScopeError: the key does not open the route.
             RateLimitedError: the key asks more often than it may.
         """
         parts: Parts = scope["app"].state.parts
-        demanded = scopes_for(scope["app"].routes, scope) if self._demands(scope) else None
+        headers = Headers(scope=scope)
+        asked, foreign = self._demands(scope), is_foreign(headers)
+        demanded = scopes_for(scope["app"].routes, scope) if asked or foreign else None
         if demanded is None:
             return Caller(None, "", self._keyring, parts.stores.keys)
-        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        if not asked:
+            raise NotLocalError(
+                "without API keys only requests to and from this machine are answered: Host and Origin must name "
+                "localhost or a loopback address; behind a proxy, set ERRATA_AUTH=required"
+            )
+        kind, _, token = headers.get("authorization", "").partition(" ")
         key = await self._keyring.key_of(token, parts.stores.keys) if kind.lower() == "bearer" else None
         if key is None:
             refusal = InvalidApiKeyError("this needs a usable API key, sent as `Authorization: Bearer …`")

@@ -197,6 +197,28 @@ def test_on_loopback_nobody_is_asked(module_settings: Settings, stores: Stores) 
         assert httpx.post(f"{url}/edits", json=GOOD).status_code == 202
 
 
+@pytest.mark.parametrize("headers", [{"Origin": "https://evil.example"}, {"Host": "evil.example"}])
+def test_a_web_page_from_elsewhere_changes_nothing(
+    module_settings: Settings, stores: Stores, headers: dict[str, str]
+) -> None:
+    """A browser on this machine sends such requests without asking anybody."""
+    line = '{"prompt": "p", "target": "t"}'
+    with serving(module_settings.model_copy(update={"auth": "auto"})) as url:
+        plain = {**headers, "Content-Type": "text/plain"}
+        assert_error(httpx.post(f"{url}/edits/import", content=line, headers=plain), 403, code="not_local")
+        assert_error(httpx.post(f"{url}/runs", headers=headers), 403, code="not_local")
+        assert_error(httpx.get(f"{url}/edits", headers=headers), 403, code="not_local")
+        assert httpx.get(f"{url}/health/live", headers=headers).status_code == 200
+        at_home = {"Origin": url, "Host": url.removeprefix("http://")}
+        assert httpx.post(f"{url}/edits/import", content=line, headers=at_home).status_code == 202
+    assert sum(stores.edits.counts().values()) == 1
+
+
+def test_a_web_page_may_have_a_key(api: httpx.Client, stores: Stores) -> None:
+    headers = bearer(stores.keys.create("page", [Scope.READ]).key)
+    assert api.get("/edits", headers={**headers, "Origin": "https://our.example", "Host": "our"}).status_code == 200
+
+
 def test_on_another_address_everybody_is_asked(module_settings: Settings, stores: Stores) -> None:
     """Also those who come over loopback: what listens there is the same socket."""
     with serving(module_settings.model_copy(update={"auth": "auto", "host": "0.0.0.0"})) as url:

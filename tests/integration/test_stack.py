@@ -51,6 +51,15 @@ def test_the_operators_key_is_with_the_secrets(tmp_path: Path) -> None:
     assert secrets["ERRATA_API_KEY"] == key
 
 
+def test_secrets_are_in_one_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    stack = Stack(Settings(home=tmp_path))
+    secrets = stack._secrets(1)
+    stack._write(module._Record(url="u", supervisor_port=1, environment={}, secrets=secrets))
+    assert (tmp_path / "secrets.json").stat().st_mode & 0o077 == 0
+    public = (tmp_path / "stack.json").read_text()
+    assert not [secret for secret in secrets.values() if secret and secret in public]
+
+
 @pytest.mark.parametrize(("given", "sent"), [("", "kept-by-the-stack"), ("given-in-the-shell", "given-in-the-shell")])
 def test_the_commands_key_is_the_shells_or_the_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, sent: str

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.api.access import CACHE_S, Keyring, is_loopback
+from service.api.access import CACHE_S, Keyring
 from service.api_keys import ApiKey, Credential, Scope, digest
 
 SECRET = "5" * 64
@@ -105,15 +105,3 @@ async def test_the_operators_key_has_every_scope_and_needs_no_redis(keyring: Key
 
 async def test_without_an_operators_key_an_empty_one_opens_nothing() -> None:
     assert await Keyring("").key_of("", Store()) is None
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "::ffff:127.0.0.1"])
-def test_loopback(host: str) -> None:
-    assert is_loopback(host)
-
-
-@pytest.mark.parametrize(
-    "host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "", "::ffff:10.0.0.1"]
-)
-def test_not_loopback(host: str) -> None:
-    assert not is_loopback(host)
