@@ -69,6 +69,14 @@ class MissingScopeError(ErrataError):
     default_code = "missing_scope"
 
 
+class OwnProposalError(ErrataError):
+    """Nobody approves what they proposed themselves."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "own_proposal"
+
+
 class NotLocalError(ErrataError):
     """The address is open to this machine, and the request is a web page's from elsewhere."""
 

@@ -51,6 +51,7 @@ class Schema(BaseModel):
 class EditStatus(StrEnum):
     """Where an edit is in its life; the transitions are the table in service/store.py."""
 
+    PROPOSED = "proposed"
     QUEUED = "queued"
     TRAINING = "training"
     TRAINED = "trained"

@@ -32,6 +32,11 @@ class Settings(BaseModel):
         default=SecretStr(""), description="The operator's own key, with every scope; what the command and the SDK send"
     )
 
+    review: bool = Field(
+        default=False,
+        description="Edits wait as `proposed` until another key approves them; needs ERRATA_AUTH `required`",
+    )
+
     model: str = Field(
         default="", description="Hugging Face folder or hub id; empty: the embedded SmolLM2-135M-Instruct"
     )
@@ -152,6 +157,12 @@ class Settings(BaseModel):
     def _slots_are_in_host_memory_too(self) -> Self:
         if self.node_slots > self.node_host_slots:
             raise ValueError("node_slots must be at most node_host_slots")
+        return self
+
+    @model_validator(mode="after")
+    def _reviewers_have_names(self) -> Self:
+        if self.review and self.auth != "required":
+            raise ValueError("review needs auth to be required: without keys nobody is another")
         return self
 
     @classmethod

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 from redis import Redis
 
-from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.errors import ConflictError, InvalidRequestError, NotFoundError, OwnProposalError
 from service.keys import EditKeys, all_keys
 from service.lua import Script
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
 
 TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
+    EditStatus.PROPOSED: frozenset({EditStatus.QUEUED, EditStatus.RETRACTED}),
     EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
     EditStatus.TRAINING: frozenset(
         {EditStatus.TRAINED, EditStatus.QUEUED, EditStatus.FAILED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
@@ -41,7 +42,7 @@ TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
     EditStatus.RETRACTING: frozenset({EditStatus.RETRACTED}),
     EditStatus.RETRACTED: frozenset(),
 }
-"""What an edit in a status may become; everything else is refused (design.md, decision record 0003)."""
+"""What an edit in a status may become; everything else is refused (design.md, decision records 0003 and 0018)."""
 
 _SEARCH_CHUNK = 500
 
@@ -81,6 +82,7 @@ class EditStore:
         events_max: int,
         idempotency_ttl_s: int,
         max_attempts: int,
+        review: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._redis = redis
@@ -88,6 +90,7 @@ class EditStore:
         self._clock = clock
         self._idempotency_ttl_s = idempotency_ttl_s
         self._max_attempts = max_attempts
+        self._submitted = EditStatus.PROPOSED if review else EditStatus.QUEUED
         table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
@@ -99,11 +102,14 @@ class EditStore:
         self._trained = Script(redis, "trained", context)
         self._unclaim = Script(redis, "unclaim", context)
         self._retract = Script(redis, "retract", context)
+        self._approve = Script(redis, "approve", context)
         self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
     def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
+
+        Under review they are stored as proposed, and supersede nothing until they are approved.
 
         Returns the stored edits; for a known idempotency key those stored the first time.
 
@@ -114,7 +120,8 @@ class EditStore:
         once = None
         if idempotency:
             once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
-        answer = self._submit({"edits": [_new(request, now) for request in requests], "idempotency": once})
+        edits = [_new(request, now) for request in requests]
+        answer = self._submit({"edits": edits, "idempotency": once, "status": self._submitted})
         if answer.get("reused"):
             raise InvalidRequestError(
                 "this Idempotency-Key came before with another body",
@@ -219,6 +226,22 @@ class EditStore:
         self.get(edit_id)
         self._retract({"id": edit_id})
         self.settle()
+        return self.get(edit_id)
+
+    def approve(self, edit_id: str) -> Edit:
+        """Lets a proposed edit join the cumulative set, on behalf of somebody other than its proposer.
+
+        Raises:
+            NotFoundError: no such edit.
+            ConflictError: it is not proposed.
+            OwnProposalError: whoever approves it proposed it.
+        """
+        self.get(edit_id)
+        answer = self._approve({"id": edit_id})
+        if refused := answer.get("refused"):
+            raise ConflictError(f"edit {edit_id} is {refused}, not proposed", param="id", code="edit_not_proposed")
+        if answer.get("own"):
+            raise OwnProposalError(f"edit {edit_id} waits for the approval of another key than its proposer's")
         return self.get(edit_id)
 
     def release(self, edit_id: str) -> Edit:

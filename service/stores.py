@@ -50,6 +50,7 @@ class Stores:
                 events_max=settings.events_max,
                 idempotency_ttl_s=settings.idempotency_ttl_s,
                 max_attempts=settings.max_attempts,
+                review=settings.review,
             ),
             registry=VersionRegistry(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),

@@ -33,6 +33,7 @@ SCOPES: Mapping[tuple[str, str], Scope | None] = MappingProxyType(
         ("POST", "/edits/batch"): Scope.EDIT,
         ("POST", "/edits/import"): Scope.EDIT,
         ("DELETE", "/edits/{edit_id}"): Scope.EDIT,
+        ("POST", "/edits/{edit_id}/approve"): Scope.EDIT,
         ("POST", "/edits/{edit_id}/release"): Scope.EDIT,
         ("POST", "/versions/{number}/activate"): Scope.OPERATE,
         ("POST", "/rollback"): Scope.OPERATE,

@@ -150,6 +150,10 @@ class AsyncErrataClient:
         """Takes an edit back."""
         return await self._send(calls.retract(edit_id))
 
+    async def approve(self, edit_id: str) -> Edit:
+        """Lets an edit that another key proposed be trained."""
+        return await self._send(calls.approve(edit_id))
+
     async def release(self, edit_id: str) -> Edit:
         """Lets an edit that a rollback held join the cumulative set again."""
         return await self._send(calls.release(edit_id))

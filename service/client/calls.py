@@ -142,6 +142,11 @@ def retract(edit_id: str) -> Call[Edit]:
     return Call("DELETE", f"/edits/{_segment(edit_id)}", _model(Edit))
 
 
+def approve(edit_id: str) -> Call[Edit]:
+    """``POST /edits/{id}/approve``."""
+    return Call("POST", f"/edits/{_segment(edit_id)}/approve", _model(Edit))
+
+
 def release(edit_id: str) -> Call[Edit]:
     """``POST /edits/{id}/release``."""
     return Call("POST", f"/edits/{_segment(edit_id)}/release", _model(Edit))

@@ -154,6 +154,10 @@ class ErrataClient:
         """Takes an edit back."""
         return self._send(calls.retract(edit_id))
 
+    def approve(self, edit_id: str) -> Edit:
+        """Lets an edit that another key proposed be trained."""
+        return self._send(calls.approve(edit_id))
+
     def release(self, edit_id: str) -> Edit:
         """Lets an edit that a rollback held join the cumulative set again."""
         return self._send(calls.release(edit_id))

@@ -68,6 +68,14 @@ def test_the_store_is_the_same_from_every_folder(store: str, url: str) -> None:
     assert Settings(home=Path("/state"), store=store).store_url == url
 
 
+def test_a_review_needs_keys() -> None:
+    with pytest.raises(ValidationError, match="review needs auth to be required"):
+        Settings.from_env({"ERRATA_REVIEW": "true"})
+    settings = Settings.from_env({"ERRATA_REVIEW": "true", "ERRATA_AUTH": "required"})
+    assert settings.review
+    assert Settings.from_env(settings.environment()) == settings
+
+
 def test_the_environment_gives_the_same_settings() -> None:
     settings = Settings(
         home=Path("/somewhere"), nodes=("http://a", "http://b"), trigger=Trigger.MANUAL, train_batch_size=4
