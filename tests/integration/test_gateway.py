@@ -13,6 +13,7 @@ from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, record
 from service_process import assert_error, serving
 
+from service.api_keys import Scope
 from service.schemas import VersionState
 from service.settings import Settings
 from service.stores import Stores
@@ -211,10 +212,13 @@ def test_a_running_stream_keeps_its_version(
     streaming_node: StreamingNode,
 ) -> None:
     commit(stores, 1, VersionState.VERIFIED)
-    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,))
+    settings = Settings(
+        redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,), auth="required"
+    )
+    key = stores.keys.create("streamer", [Scope.INFER]).key
     with (
         serving(settings) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
+        httpx.Client(base_url=url, timeout=10, headers={"Authorization": f"Bearer {key}"}) as client,
         client.stream("POST", "/v1/completions", json={**ASK, "stream": True}) as response,
     ):
         assert response.headers["x-errata-version"] == "0"
