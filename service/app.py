@@ -8,10 +8,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from redis.asyncio import Redis as AsyncRedis
 
-from service.api import edits, events, health, metrics, runs, versions
+from service.api import audit, edits, events, health, metrics, runs, versions
+from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId
+from service.api.scopes import document_scopes
 from service.draining import stop_announced
 from service.events import BLOCK_S
 from service.fleet import left_out
@@ -39,9 +41,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Raises:
         ValueError: a setting is unknown or wrong.
+        NoKeyError: it would listen where others can reach it, and there is no API key.
     """
     configure_logging(logging.INFO)
     chosen = settings or Settings.from_env()
+    require_a_key(chosen)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,8 +92,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
     app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
+    app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(Measured, metrics=measured)
     app.add_middleware(RequestId)
-    for part in (edits, versions, runs, events, health, metrics, gateway):
+    for part in (edits, versions, runs, events, audit, health, metrics, gateway):
         app.include_router(part.router)
+    document_scopes(app)
     return app

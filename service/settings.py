@@ -10,16 +10,32 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from service.schemas import Trigger
 
 _PREFIX = "ERRATA_"
+_FILE = "_FILE"
+_SECRETS = ("api_key", "node_token", "redis_url")
+_MIN_KEY_CHARS = 32
 
 
 class Settings(BaseModel):
     """The one set of settings of all processes; the README's table is generated from it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     home: Path = Field(default=Path(".errata"), description="Directory of all state of the embedded stack")
     host: str = Field(default="127.0.0.1", description="Address that the API listens on")
     port: int = Field(default=8000, ge=0, le=65535, description="Port that the API listens on; 0 takes a free one")
+
+    auth: Literal["auto", "required"] = Field(
+        default="auto",
+        description="Who needs an API key: whoever comes to an address that is not loopback, or everybody",
+    )
+    api_key: SecretStr = Field(
+        default=SecretStr(""), description="The operator's own key, with every scope; what the command and the SDK send"
+    )
+
+    review: bool = Field(
+        default=False,
+        description="Edits wait as `proposed` until another key approves them; needs ERRATA_AUTH `required`",
+    )
 
     model: str = Field(
         default="", description="Hugging Face folder or hub id; empty: the embedded SmolLM2-135M-Instruct"
@@ -133,6 +149,14 @@ class Settings(BaseModel):
             _demand_scheme(node, "http://", "https://")
         return nodes
 
+    @field_validator("api_key")
+    @classmethod
+    def _key_is_long_and_fits_a_header(cls, key: SecretStr) -> SecretStr:
+        text = key.get_secret_value()
+        if text and (len(text) < _MIN_KEY_CHARS or not (text.isascii() and text.isprintable()) or " " in text):
+            raise ValueError(f"must be at least {_MIN_KEY_CHARS} printable ASCII characters without a space")
+        return key
+
     @field_validator("redis_url")
     @classmethod
     def _redis_is_a_url(cls, url: str) -> str:
@@ -153,22 +177,28 @@ class Settings(BaseModel):
             raise ValueError("node_slots must be at most node_host_slots")
         return self
 
+    @model_validator(mode="after")
+    def _reviewers_have_names(self) -> Self:
+        if self.review and self.auth != "required":
+            raise ValueError("review needs auth to be required: without keys nobody is another")
+        return self
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Reads the environment; an empty variable is the default.
+        """Reads the environment; an empty variable is the default, and ``…_FILE`` names the file of a secret.
 
         Raises:
             ValueError: a variable has the prefix and is no setting, or a value is wrong; the message names it.
         """
         fields = {_PREFIX + name.upper(): name for name in cls.model_fields}
-        given = {name: value for name, value in environ.items() if name.startswith(_PREFIX)}
+        given = _with_secrets_read({name: value for name, value in environ.items() if name.startswith(_PREFIX)})
         if unknown := sorted(given.keys() - fields.keys()):
             raise ValueError(f"unknown setting: {', '.join(unknown)}")
         return cls.model_validate({fields[name]: value for name, value in given.items() if value})
 
     def environment(self) -> dict[str, str]:
         """The variables that give these settings, for the processes of a stack; defaults and secrets are left out."""
-        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"node_token", "redis_url"})
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude=set(_SECRETS))
         return {
             _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
             for name, value in values.items()
@@ -180,6 +210,27 @@ class Settings(BaseModel):
         if "://" in self.store:
             return self.store
         return str(Path(self.store or self.home / "versions").absolute())
+
+
+def _with_secrets_read(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables, with each secret that is in a file in the place of the file's name.
+
+    Raises:
+        ValueError: a file cannot be read or is empty, or the secret is given twice.
+    """
+    read = dict(given)
+    for name in (_PREFIX + secret.upper() for secret in _SECRETS):
+        if not (file := read.pop(name + _FILE, "")):
+            continue
+        if read.get(name):
+            raise ValueError(f"{name} and {name}{_FILE} are both set")
+        try:
+            read[name] = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name}{_FILE}: {file} cannot be read: {type(error).__name__}") from error
+        if not read[name]:
+            raise ValueError(f"{name}{_FILE}: {file} is empty")
+    return read
 
 
 def _demand_scheme(url: str, *schemes: str) -> None:

@@ -217,6 +217,7 @@ class Stack:
         token = self._settings.node_token.get_secret_value() or made.get("ERRATA_NODE_TOKEN") or secrets.token_hex(24)
         return {
             "SUPERVISOR_PASSWORD": password,
+            "ERRATA_API_KEY": self._settings.api_key.get_secret_value(),
             "ERRATA_NODE_TOKEN": token,
             "ERRATA_REDIS_URL": self._settings.redis_url or f"redis://:{password}@127.0.0.1:{redis_port}/0",
         }

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from redis import Redis
 
-from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError
+from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError, OwnProposalError
 from service.keys import EditKeys, all_keys
 from service.logs import of_edits
 from service.lua import Script
@@ -25,6 +25,7 @@ from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, Fo
 log = logging.getLogger(__name__)
 
 TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
+    EditStatus.PROPOSED: frozenset({EditStatus.QUEUED, EditStatus.RETRACTED}),
     EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
     EditStatus.TRAINING: frozenset(
         {EditStatus.TRAINED, EditStatus.QUEUED, EditStatus.FAILED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
@@ -46,7 +47,7 @@ TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
     EditStatus.RETRACTING: frozenset({EditStatus.RETRACTED}),
     EditStatus.RETRACTED: frozenset(),
 }
-"""What an edit in a status may become; everything else is refused (design.md, decision record 0003)."""
+"""What an edit in a status may become; everything else is refused (design.md, decision records 0003 and 0018)."""
 
 _SEARCH_CHUNK = 500
 # A queue that is full of edits is emptied by whole runs.
@@ -95,6 +96,7 @@ class EditStore:
         idempotency_ttl_s: int,
         max_attempts: int,
         queue_max_edits: int,
+        review: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._redis = redis
@@ -103,6 +105,7 @@ class EditStore:
         self._idempotency_ttl_s = idempotency_ttl_s
         self._max_attempts = max_attempts
         self._queue_max_edits = queue_max_edits
+        self._submitted = EditStatus.PROPOSED if review else EditStatus.QUEUED
         table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
@@ -120,6 +123,7 @@ class EditStore:
         self._trained = Script(redis, "trained", context)
         self._unclaim = Script(redis, "unclaim", context)
         self._retract = Script(redis, "retract", context)
+        self._approve = Script(redis, "approve", context)
         self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
@@ -127,6 +131,8 @@ class EditStore:
         self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None, *, request_id: str = ""
     ) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
+
+        Under review they are stored as proposed, and supersede nothing until they are approved.
 
         Args:
             requests: what to store.
@@ -149,6 +155,7 @@ class EditStore:
                 "edits": new,
                 "idempotency": once,
                 "request_id": request_id,
+                "status": self._submitted,
                 "queue_max_edits": self._queue_max_edits,
             }
         )
@@ -279,6 +286,22 @@ class EditStore:
         self.get(edit_id)
         self._retract({"id": edit_id})
         self.settle()
+        return self.get(edit_id)
+
+    def approve(self, edit_id: str) -> Edit:
+        """Lets a proposed edit join the cumulative set, on behalf of somebody other than its proposer.
+
+        Raises:
+            NotFoundError: no such edit.
+            ConflictError: it is not proposed.
+            OwnProposalError: whoever approves it proposed it.
+        """
+        self.get(edit_id)
+        answer = self._approve({"id": edit_id})
+        if refused := answer.get("refused"):
+            raise ConflictError(f"edit {edit_id} is {refused}, not proposed", param="id", code="edit_not_proposed")
+        if answer.get("own"):
+            raise OwnProposalError(f"edit {edit_id} waits for the approval of another key than its proposer's")
         return self.get(edit_id)
 
     def release(self, edit_id: str) -> Edit:

@@ -1,4 +1,4 @@
-"""Stores: the Redis-backed owners of edits, versions, runs and events, built once in each process."""
+"""Stores: the Redis-backed owners of what Errata keeps, built once in each process."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,8 @@ from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from service.api_keys import KeyStore
+from service.audit import AuditLog
 from service.events import EventStream
 from service.metrics.kept import Measures
 from service.registry import VersionRegistry
@@ -24,6 +26,8 @@ class Stores:
     runs: RunStore
     events: EventStream
     measures: Measures
+    keys: KeyStore
+    audit: AuditLog
 
     @classmethod
     def connect(cls, settings: Settings, *, patience_s: float = 15, retries: int = 5) -> "Stores":
@@ -54,9 +58,12 @@ class Stores:
                 idempotency_ttl_s=settings.idempotency_ttl_s,
                 max_attempts=settings.max_attempts,
                 queue_max_edits=settings.queue_max_edits,
+                review=settings.review,
             ),
             registry=VersionRegistry(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
             measures=Measures(redis),
+            keys=KeyStore(redis, events_max=settings.events_max),
+            audit=AuditLog(redis),
         )

@@ -20,11 +20,16 @@ _LOG_BYTES = 16 * 1024**2
 
 @dataclass(frozen=True)
 class Program:
-    """One process to keep running; a lower priority starts earlier and stops later."""
+    """One process to keep running; a lower priority starts earlier and stops later.
+
+    Attributes:
+        withheld: variables of the common environment that it has no use for: secrets of others.
+    """
 
     name: str
     command: Sequence[str]
     priority: int
+    withheld: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Supervisor:
         for program in programs:
             parser[f"program:{program.name}"] = {
                 "command": " ".join(_quoted(word) for word in program.command),
+                "environment": ",".join(f'{name}=""' for name in program.withheld),
                 "priority": str(program.priority),
                 "autorestart": "true",
                 "startsecs": "2",

@@ -138,6 +138,14 @@ def retract(edit_id: str, parts: PartsDep) -> Edit:
     return edit
 
 
+@router.post("/{edit_id}/approve", status_code=202)
+def approve(edit_id: str, parts: PartsDep) -> Edit:
+    """Lets an edit that another key proposed join the cumulative set; a run follows as the trigger says."""
+    edit = parts.stores.edits.approve(edit_id)
+    parts.reconciler.pull()
+    return edit
+
+
 @router.post("/{edit_id}/release", status_code=202)
 def release(edit_id: str, parts: PartsDep) -> Edit:
     """Lets an edit that a rollback held join the cumulative set again."""

@@ -56,6 +56,14 @@ def validation_error(errors: Sequence[Any], *, at: str = "") -> InvalidRequestEr
     )
 
 
+def redis_unavailable(error: RedisError) -> UnavailableError:
+    """What a client is told when Redis does not answer; the log has the reason."""
+    log.error("redis.unavailable", extra={"reason": repr(error)})
+    return UnavailableError(
+        "Redis does not answer; repeat the request, with its Idempotency-Key if it has one", code="redis_unavailable"
+    )
+
+
 def _answer(error: ErrataError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
@@ -81,13 +89,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RedisError)
     async def _redis(_: Request, error: RedisError) -> JSONResponse:
-        log.error("redis.unavailable", extra={"reason": repr(error)})
-        return _answer(
-            UnavailableError(
-                "Redis does not answer; repeat the request, with its Idempotency-Key if it has one",
-                code="redis_unavailable",
-            )
-        )
+        return _answer(redis_unavailable(error))
 
     @app.exception_handler(Exception)
     async def _unknown(request: Request, error: Exception) -> JSONResponse:

@@ -3,9 +3,10 @@
 from collections.abc import AsyncIterable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from service.api.access import Caller
 from service.api.dependencies import PartsDep
 from service.api.errors import RESPONSES
 from service.events import NEWEST, follow
@@ -35,9 +36,14 @@ def _start(
 
 
 @router.get("/events", response_class=EventSourceResponse)
-async def events(parts: PartsDep, start: Annotated[str, Depends(_start)]) -> AsyncIterable[ServerSentEvent]:
+async def events(
+    request: Request, parts: PartsDep, start: Annotated[str, Depends(_start)]
+) -> AsyncIterable[ServerSentEvent]:
     """Edits, runs, versions, nodes: each change as it happens. A client that reconnects goes on where it was."""
+    caller: Caller = request.state.caller
     async for event in follow(parts.async_redis, start):
+        if not await caller.still_admitted():
+            return
         if event:
             yield ServerSentEvent(id=event.id, event=event.type, data=event.data)
         if parts.stopping.is_set():

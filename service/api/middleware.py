@@ -158,7 +158,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max_bytes:
-                await _refuse(send, TooLargeError(f"the body has more than {self._max_bytes} bytes", param="body"))
+                await refuse(send, TooLargeError(f"the body has more than {self._max_bytes} bytes", param="body"))
                 return
         replayed = False
 
@@ -172,10 +172,10 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
 
-async def _refuse(send: Send, error: ErrataError) -> None:
+async def refuse(send: Send, error: ErrataError) -> None:
+    """Answers with an error where no handler stands, and leaves the body unread."""
     content = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send(
-        {"type": "http.response.start", "status": error.status, "headers": [*headers, (b"connection", b"close")]}
-    )
+    named = {**error.headers, "content-type": "application/json", "content-length": str(len(content))}
+    headers = [(name.lower().encode(), value.encode()) for name, value in {**named, "connection": "close"}.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -2,7 +2,7 @@
 
 from typer import Typer
 
-from service.cli import edits, model, runs, stack, versions
+from service.cli import audit, edits, keys, model, runs, stack, versions
 from service.cli.errors import Commands
 
 app = Typer(
@@ -14,7 +14,7 @@ app = Typer(
     help="Corrections for a running language model: stored, trained, verified, served, and taken back.",
     epilog="A command finds the stack that runs under --home (or ERRATA_HOME); --url names any other service.",
 )
-for _group in (stack, edits, versions, runs, model):
+for _group in (stack, edits, versions, runs, keys, audit, model):
     _group.register(app)
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""``errata submit``, ``import``, ``list``, ``status``, ``retract``, ``release``."""
+"""``errata submit``, ``import``, ``list``, ``status``, ``retract``, ``approve``, ``release``."""
 
 import sys
 from io import BufferedIOBase
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command("list", rich_help_panel=_PANEL)(list_)
     app.command("status", rich_help_panel=_PANEL)(status)
     app.command("retract", rich_help_panel=_PANEL)(retract)
+    app.command("approve", rich_help_panel=_PANEL)(approve)
     app.command("release", rich_help_panel=_PANEL)(release)
 
 
@@ -115,6 +116,12 @@ def retract(edit_id: EditId, home: Home = None, url: Url = None, as_json: Json =
     """Take an edit back: a version without it is trained and served."""
     with connect(home, url) as client:
         _show(client.retract(edit_id), as_json=as_json)
+
+
+def approve(edit_id: EditId, home: Home = None, url: Url = None, as_json: Json = False) -> None:
+    """Let an edit that another key proposed be trained."""
+    with connect(home, url) as client:
+        _show(client.approve(edit_id), as_json=as_json)
 
 
 def release(edit_id: EditId, home: Home = None, url: Url = None, as_json: Json = False) -> None:

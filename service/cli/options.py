@@ -41,7 +41,12 @@ def connect(home: Path | None, url: str | None) -> ErrataClient:
     Raises:
         ErrataError: no address is given and no stack runs.
     """
-    return ErrataClient(url or Stack(read_settings(home)).url())
+    settings = read_settings(home)
+    if not url:
+        stack = Stack(settings)
+        url, kept = stack.url(), stack.settings()
+        settings = settings if settings.api_key.get_secret_value() else kept
+    return ErrataClient(url, api_key=settings.api_key.get_secret_value() or None)
 
 
 def print_json(answer: BaseModel) -> None:

@@ -10,10 +10,19 @@ from service.client import calls
 from service.client.calls import Answer, Call, ImportSource
 from service.client.errors import ApiError, connection_errors
 from service.client.sse import EventParser
-from service.client.transport import DEFAULT_TIMEOUT_S, DEFAULT_URL, RETRIES, event_request, request_options, timeouts
+from service.client.transport import (
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    RETRIES,
+    authorization,
+    event_request,
+    request_options,
+    timeouts,
+)
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -32,12 +41,13 @@ T = TypeVar("T")
 
 
 class AsyncErrataClient:
-    """The service at one address; what ErrataClient says of errors and retries holds here too."""
+    """The service at one address; what ErrataClient says of errors, retries and the API key holds here too."""
 
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -46,6 +56,7 @@ class AsyncErrataClient:
         with connection_errors(base_url):
             self._http = httpx.AsyncClient(
                 base_url=base_url,
+                headers=authorization(api_key),
                 timeout=timeouts(timeout_s),
                 transport=transport or httpx.AsyncHTTPTransport(retries=RETRIES),
             )
@@ -139,6 +150,10 @@ class AsyncErrataClient:
         """Takes an edit back."""
         return await self._send(calls.retract(edit_id))
 
+    async def approve(self, edit_id: str) -> Edit:
+        """Lets an edit that another key proposed be trained."""
+        return await self._send(calls.approve(edit_id))
+
     async def release(self, edit_id: str) -> Edit:
         """Lets an edit that a rollback held join the cumulative set again."""
         return await self._send(calls.release(edit_id))
@@ -178,6 +193,10 @@ class AsyncErrataClient:
     async def cancel_run(self, run_id: str) -> Run:
         """Stops a run."""
         return await self._send(calls.cancel_run(run_id))
+
+    async def audit(self, *, after: str | None = None, limit: int = 100) -> Page[AuditEntry]:
+        """One page of who changed what the model says, newest first."""
+        return await self._send(calls.audit(after, limit))
 
     async def health(self) -> Health:
         """Whether the service is ready, and what is missing."""

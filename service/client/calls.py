@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from service.client.errors import ApiError, ClientError
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -141,6 +142,11 @@ def retract(edit_id: str) -> Call[Edit]:
     return Call("DELETE", f"/edits/{_segment(edit_id)}", _model(Edit))
 
 
+def approve(edit_id: str) -> Call[Edit]:
+    """``POST /edits/{id}/approve``."""
+    return Call("POST", f"/edits/{_segment(edit_id)}/approve", _model(Edit))
+
+
 def release(edit_id: str) -> Call[Edit]:
     """``POST /edits/{id}/release``."""
     return Call("POST", f"/edits/{_segment(edit_id)}/release", _model(Edit))
@@ -190,6 +196,11 @@ def start_run() -> Call[Run]:
 def cancel_run(run_id: str) -> Call[Run]:
     """``POST /runs/{id}/cancel``."""
     return Call("POST", f"/runs/{_segment(run_id)}/cancel", _model(Run))
+
+
+def audit(after: str | None, limit: int) -> Call[Page[AuditEntry]]:
+    """``GET /audit``."""
+    return Call("GET", "/audit", _model(Page[AuditEntry]), params=_given(after=after, limit=limit))
 
 
 def health() -> Call[Health]:

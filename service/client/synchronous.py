@@ -10,10 +10,19 @@ from service.client import calls
 from service.client.calls import Answer, Call, ImportSource
 from service.client.errors import ApiError, connection_errors
 from service.client.sse import EventParser
-from service.client.transport import DEFAULT_TIMEOUT_S, DEFAULT_URL, RETRIES, event_request, request_options, timeouts
+from service.client.transport import (
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_URL,
+    RETRIES,
+    authorization,
+    event_request,
+    request_options,
+    timeouts,
+)
 from service.client.waiting import Seen, waiting
 from service.schemas import (
     Activation,
+    AuditEntry,
     Edit,
     EditDetail,
     EditRequest,
@@ -35,13 +44,15 @@ class ErrataClient:
     """The service at one address.
 
     Every method raises ApiError if the service answers with an error, and ConnectionFailedError if it does not answer.
-    A connection that cannot be made is tried again twice; a request that was sent is not.
+    A connection that cannot be made is tried again twice; a request that was sent is not. Without ``api_key`` the
+    environment's ``ERRATA_API_KEY`` is sent, if there is one.
     """
 
     def __init__(
         self,
         base_url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -50,6 +61,7 @@ class ErrataClient:
         with connection_errors(base_url):
             self._http = httpx.Client(
                 base_url=base_url,
+                headers=authorization(api_key),
                 timeout=timeouts(timeout_s),
                 transport=transport or httpx.HTTPTransport(retries=RETRIES),
             )
@@ -142,6 +154,10 @@ class ErrataClient:
         """Takes an edit back."""
         return self._send(calls.retract(edit_id))
 
+    def approve(self, edit_id: str) -> Edit:
+        """Lets an edit that another key proposed be trained."""
+        return self._send(calls.approve(edit_id))
+
     def release(self, edit_id: str) -> Edit:
         """Lets an edit that a rollback held join the cumulative set again."""
         return self._send(calls.release(edit_id))
@@ -181,6 +197,10 @@ class ErrataClient:
     def cancel_run(self, run_id: str) -> Run:
         """Stops a run."""
         return self._send(calls.cancel_run(run_id))
+
+    def audit(self, *, after: str | None = None, limit: int = 100) -> Page[AuditEntry]:
+        """One page of who changed what the model says, newest first."""
+        return self._send(calls.audit(after, limit))
 
     def health(self) -> Health:
         """Whether the service is ready, and what is missing."""

@@ -1,10 +1,12 @@
 """What both clients say to httpx in the same way."""
 
+import os
 from typing import Any
 
 import httpx
 
 from service.client.calls import Call
+from service.client.errors import ClientError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # The gateway waits 60 s for a node and then says so; a client that gives up before does not learn it.
@@ -14,6 +16,18 @@ RETRIES = 2
 _CONNECT_TIMEOUT_S = 5.0
 # The service gives a sign of life on the event stream every 15 s.
 _EVENTS_SILENCE_S = 60.0
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header with an API key, by default the environment's; none without a key.
+
+    Raises:
+        ClientError: no header can carry it; the message does not repeat it.
+    """
+    key = (os.environ.get("ERRATA_API_KEY", "") if api_key is None else api_key).strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ClientError("the API key has characters that no header can carry")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def timeouts(timeout_s: float) -> httpx.Timeout:

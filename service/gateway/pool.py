@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 from redis.exceptions import RedisError
@@ -86,6 +87,8 @@ class NodePool:
                     base_url=address,
                     # A stream is passed on as it comes, so it must not be compressed.
                     headers={**authorization(token), "Accept-Encoding": "identity"},
+                    # What a node says to one client must not go along with the requests of the others.
+                    cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                     timeout=httpx.Timeout(timeout_s, connect=2.0, pool=None),
                     # A node closes a connection that idles for 5 s; a request that meets the close would be lost.
                     limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),

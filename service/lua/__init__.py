@@ -1,7 +1,7 @@
 """Redis scripts: what must happen at once or not at all. Each runs with ``prelude.lua`` in front.
 
-A script gets two JSON arguments, the context (keys, the status table, the time) and its own payload, and answers JSON.
-Keys are computed inside the scripts, so the store wants one Redis, not a cluster.
+A script gets two JSON arguments, the context (keys, the status table, the time, who acts) and its own payload, and
+answers JSON. Keys are computed inside the scripts, so the store wants one Redis, not a cluster.
 """
 
 import json
@@ -10,6 +10,8 @@ from importlib.resources import files
 from typing import Any
 
 from redis import Redis
+
+from service.audit import audit_context
 
 Context = Callable[[], Mapping[str, Any]]
 
@@ -26,4 +28,5 @@ class Script:
 
     def __call__(self, payload: Mapping[str, Any]) -> Any:
         """Runs the script atomically and returns its decoded answer."""
-        return json.loads(self._script(args=[json.dumps(self._context()), json.dumps(payload)]))
+        context = {**self._context(), **audit_context()}
+        return json.loads(self._script(args=[json.dumps(context), json.dumps(payload)]))

@@ -11,5 +11,7 @@ if redis.call('EXISTS', keys.version .. payload.version) == 0 then return '{"ref
 if active ~= payload.version then
   redis.call('HSET', keys.active, 'version', payload.version, 'previous', active or payload.version, 'epoch', epoch + 1)
   emit('version.activated', {version = payload.version, previous = active})
+  local back = active and payload.version < active
+  audit(back and 'version.rolled_back' or 'version.activated', {version = payload.version, previous = active})
 end
 return '{}'

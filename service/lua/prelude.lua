@@ -1,4 +1,4 @@
--- Shared by every script: the context, the event stream, and the one way to move an edit.
+-- Shared by every script: the context, the event stream, the audit log, and the one way to move an edit.
 local context = cjson.decode(ARGV[1])
 local payload = cjson.decode(ARGV[2])
 local keys = context.keys
@@ -19,6 +19,13 @@ local function observe(name, bounds, value)
   end
   count(name .. '|' .. bucket)
   redis.call('HINCRBYFLOAT', keys.metrics, name .. '|sum', value)
+end
+
+-- Never trimmed, and written by the script that makes the change: what is not in the log did not happen.
+local function audit(action, data)
+  redis.call('XADD', keys.audit, '*', 'action', action, 'at', context.now, 'actor', context.actor, 'actor_name',
+    context.actor_name, 'request_id', context.request_id, 'run', context.run, 'version',
+    redis.call('HGET', keys.active, 'version') or '', 'data', cjson.encode(data))
 end
 
 -- cjson writes an empty table as {}; lists go through here.

@@ -7,4 +7,5 @@ redis.call('HSET', run, 'id', payload.run, 'status', 'queued', 'trigger', payloa
 redis.call('ZADD', keys.runs, redis.call('INCR', keys.run_seq), payload.run)
 redis.call('SET', keys.next, payload.run)
 emit('run.queued', {id = payload.run, trigger = payload.trigger})
+audit('run.requested', {id = payload.run, trigger = payload.trigger})
 return cjson.encode({run = payload.run, created = true})

@@ -1,4 +1,5 @@
--- Stores edits, all or none; an idempotency key that is known answers with what it stored.
+-- Stores edits, all or none; an idempotency key that is known answers with what it stored. A proposed edit is nobody's
+-- successor and in no run until it is approved.
 local once = payload.idempotency
 if once ~= cjson.null and once then
   local known = redis.call('HMGET', keys.idempotency .. once.key, 'body', 'ids')
@@ -9,25 +10,35 @@ if once ~= cjson.null and once then
 end
 
 -- A repeated call (the first answer was lost on the way) finds its edits there, perhaps claimed by now.
-local ids, new = {}, {}
+local ids, new, queued = {}, {}, payload.status == 'queued'
 for _, edit in ipairs(payload.edits) do
   ids[#ids + 1] = edit.id
   if redis.call('EXISTS', keys.edit .. edit.id) == 0 then new[#new + 1] = edit end
 end
-local waiting = redis.call('ZCARD', keys.edits_in .. 'queued') + redis.call('ZCARD', keys.edits_in .. 'training')
+local waiting = 0
+for _, status in ipairs({'proposed', 'queued', 'training'}) do
+  waiting = waiting + redis.call('ZCARD', keys.edits_in .. status)
+end
 if waiting + #new > payload.queue_max_edits then return cjson.encode({waiting = waiting}) end
 for _, edit in ipairs(new) do
   local seq = redis.call('INCR', keys.seq)
-  redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', 'queued', 'record', edit.record,
-    'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0, 'updated_at', context.now,
-    'accepted_at', context.now, 'request_id', payload.request_id)
+  redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', payload.status, 'record', edit.record,
+    'proposer', context.actor, 'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0,
+    'updated_at', context.now, 'accepted_at', context.now, 'request_id', payload.request_id)
   redis.call('ZADD', keys.edits, seq, edit.id)
-  redis.call('ZADD', keys.edits_in .. 'queued', seq, edit.id)
-  emit('edit.queued', {id = edit.id, status = 'queued'})
-  supersede_others(edit.id)
-  redis.call('SADD', keys.prompt .. edit.prompt_key, edit.id)
+  redis.call('ZADD', keys.edits_in .. payload.status, seq, edit.id)
+  emit('edit.' .. payload.status, {id = edit.id, status = payload.status})
+  if queued then
+    supersede_others(edit.id)
+    redis.call('SADD', keys.prompt .. edit.prompt_key, edit.id)
+  end
 end
-redis.call('DEL', keys.hold)
+if #new > 0 then
+  local stored = {}
+  for _, edit in ipairs(new) do stored[#stored + 1] = edit.id end
+  audit(queued and 'edits.submitted' or 'edits.proposed', {ids = stored})
+end
+if queued then redis.call('DEL', keys.hold) end
 
 if once ~= cjson.null and once then
   local key = keys.idempotency .. once.key

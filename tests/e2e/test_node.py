@@ -218,10 +218,12 @@ def test_nothing_answers_without_the_token(node: Node, path: str, authorization:
     assert node.client.get(path, headers={"Authorization": authorization}).status_code == 401
 
 
-def test_vllms_adapter_routes_are_closed(node: Node) -> None:
+def test_vllms_own_routes_are_closed(node: Node) -> None:
     body = {"lora_name": "errata@99", "lora_path": "/"}
-    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"):
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/collective_rpc", "/tokenize"):
         assert node.client.post(path, json=body).status_code == 404
+    for path in ("/metrics", "/v1/models", "/docs", "/version", "/load"):
+        assert node.client.get(path).status_code == 404
 
 
 def test_a_killed_node_heals_on_the_first_request(node: Node) -> None:

@@ -529,7 +529,10 @@ async def test_redis_away_is_a_503_in_the_same_shape(tmp_path: Path, settings: S
     app = create_app(settings.model_copy(update={"redis_url": server.url}))
     transport = httpx.ASGITransport(app)
     try:
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as api:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
+        ):
             accepted = await api.post("/edits", json=GOOD)
             assert accepted.status_code == 202
             server.stop()
@@ -567,7 +570,10 @@ async def test_an_edit_is_accepted_while_the_broker_refuses(
 
     app = create_app(settings)
     transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as api:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
+    ):
         monkeypatch.setattr("celery.Celery.send_task", refuse)
         assert (await api.post("/edits", json=GOOD)).status_code == 202
     assert stores.edits.counts()[EditStatus.QUEUED] == 1
@@ -582,7 +588,10 @@ async def test_a_crash_is_a_500_in_the_same_shape(settings: Settings, stores: St
         raise ZeroDivisionError("s3cret")
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as api:
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
+    ):
         response = await api.get("/crash", headers={"x-request-id": "mine"})
     assert_error(response, 500, code="internal_error")
     assert "s3cret" not in response.text

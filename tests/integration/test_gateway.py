@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, record
 from service_process import assert_error, serving
 
+from service.api_keys import Scope
 from service.schemas import VersionState
 from service.settings import Settings
 from service.stores import Stores
@@ -210,10 +212,13 @@ def test_a_running_stream_keeps_its_version(
     streaming_node: StreamingNode,
 ) -> None:
     commit(stores, 1, VersionState.VERIFIED)
-    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,))
+    settings = Settings(
+        redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,), auth="required"
+    )
+    key = stores.keys.create("streamer", [Scope.INFER]).key
     with (
         serving(settings) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
+        httpx.Client(base_url=url, timeout=10, headers={"Authorization": f"Bearer {key}"}) as client,
         client.stream("POST", "/v1/completions", json={**ASK, "stream": True}) as response,
     ):
         assert response.headers["x-errata-version"] == "0"
@@ -225,6 +230,82 @@ def test_a_running_stream_keeps_its_version(
         assert b"".join(pieces) == b"data: second\n\n"
     [body] = streaming_node.models
     assert b"errata@0" in body
+
+
+class TalkativeNode(BaseHTTPRequestHandler):
+    """Keeps the headers it gets, and answers with some that are nobody's business."""
+
+    protocol_version = "HTTP/1.1"
+    got: ClassVar[list[dict[str, str]]] = []
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        streamed = b'"stream": true' in self.rfile.read(int(self.headers["content-length"]))
+        self.got.append({name.lower(): value for name, value in self.headers.items()})
+        self._answer(b"data: x\n\n" if streamed else b"{}", "text/event-stream" if streamed else "application/json")
+
+    def _answer(self, content: bytes, kind: str = "application/json") -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        for name in ("Keep-Alive", "Proxy-Authenticate", "Trailer", "Upgrade", "X-Internal", "Set-Cookie", "Via"):
+            self.send_header(name, "node")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_header_goes_through(
+    redis_server: RedisServer, tokenizer_folder: Path, stores: Stores, worker: ScriptedWorker, stream: bool
+) -> None:
+    """The client's key stays with the service, the node's token with the node."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), TalkativeNode)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    token = "the-nodes-token"
+    settings = Settings.model_validate(
+        {
+            "redis_url": redis_server.url,
+            "model": str(tokenizer_folder),
+            "nodes": f"http://127.0.0.1:{server.server_address[1]}",
+            "node_token": token,
+        }
+    )
+    sent = dict.fromkeys(
+        (
+            "Authorization",
+            "Cookie",
+            "X-Forwarded-For",
+            "X-Request-Id",
+            "TE",
+            "Upgrade",
+            "Proxy-Authorization",
+            "X-Mine",
+        ),
+        "clients-own",
+    )
+    with serving(settings) as url:
+        response = httpx.post(f"{url}/v1/completions", json={**ASK, "stream": stream}, headers=sent)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    got = TalkativeNode.got.pop()
+    assert got.pop("authorization") == f"Bearer {token}"
+    assert "clients-own" not in got.values()
+    assert set(got) <= {
+        "host", "accept", "accept-encoding", "connection", "user-agent", "content-length", "content-type",
+    }  # fmt: skip
+    assert response.status_code == 200
+    assert token not in str(response.headers)
+    assert set(response.headers) <= {
+        "date", "server", "content-type", "content-length", "transfer-encoding", "x-errata-version", "x-request-id",
+    }  # fmt: skip
+    assert "node" not in response.headers.values()
 
 
 def test_all_nodes_away(

@@ -1,17 +1,23 @@
 """What keeps a stack from being started, and what its end says; no stack is started here."""
 
 import json
+import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from redis import Redis
-from redis_server import RedisServer
+from redis_server import RedisServer, free_port
 
+from service import programs
 from service import stack as module
+from service.cli.options import connect
 from service.settings import Settings
 from service.stack import Stack, StackError
+from service.supervisor import Program, Supervisor
 
 PASSWORD = "s3cret"
 
@@ -39,6 +45,72 @@ def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path:
     orphan.kill()
     with pytest.raises(StackError, match="has no config"):
         Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
+
+
+def test_the_operators_key_is_with_the_secrets(tmp_path: Path) -> None:
+    """Who owns the home needs no key in the shell: the command takes the running stack's."""
+    key = "operators-key-of-thirty-two-characters"
+    stack = Stack(Settings.model_validate({"home": tmp_path, "api_key": key}))
+    secrets = stack._secrets(1)
+    assert Settings.from_env({name: text for name, text in secrets.items() if name.startswith("ERRATA_")}).api_key
+    assert secrets["ERRATA_API_KEY"] == key
+
+
+def test_secrets_are_in_one_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    stack = Stack(Settings(home=tmp_path))
+    secrets = stack._secrets(1)
+    stack._write(module._Record(url="u", supervisor_port=1, environment={}, secrets=secrets))
+    assert (tmp_path / "secrets.json").stat().st_mode & 0o077 == 0
+    public = (tmp_path / "stack.json").read_text()
+    assert not [secret for secret in secrets.values() if secret and secret in public]
+
+
+def test_a_process_has_no_secret_that_it_does_not_need(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, free_port(), PASSWORD)
+    script = "import os, sys; print(dict(os.environ), flush=True); sys.stdin.read(); import time; time.sleep(60)"
+    show = Program("show", [sys.executable, "-c", script], priority=1, withheld=["ERRATA_API_KEY"])
+    environment = {**os.environ, "ERRATA_API_KEY": "the-key", "ERRATA_NODE_TOKEN": "the-token"}
+    everything = Program("all", show.command, priority=0)
+    process = supervisor.start([everything, show], environment)
+    logs = {name: supervisor.log_file(name) for name in ("all", "show")}
+    try:
+        deadline = time.monotonic() + 20
+        while not all(log.is_file() and "the-token" in log.read_text() for log in logs.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        process.wait()
+    assert "'ERRATA_API_KEY': ''" in logs["show"].read_text()
+    assert "'ERRATA_API_KEY': 'the-key'" in logs["all"].read_text()
+    assert "the-key" not in (tmp_path / "supervisord.conf").read_text()
+
+
+def test_who_has_which_secret(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    started = [*programs.workers(settings), programs.service(settings), programs.node(1, tmp_path)]
+    withheld = {
+        program.name: set(program.withheld) for program in [*started, programs.redis(tmp_path / "redis", 1, "p")]
+    }
+    secrets = {"ERRATA_API_KEY", "ERRATA_REDIS_URL", "ERRATA_NODE_TOKEN"}
+    assert {name: secrets - kept for name, kept in withheld.items()} == {
+        "service": secrets,
+        "control": {"ERRATA_REDIS_URL", "ERRATA_NODE_TOKEN"},
+        "train": {"ERRATA_REDIS_URL"},
+        "node": {"ERRATA_NODE_TOKEN"},
+        "redis": set(),
+    }
+
+
+@pytest.mark.parametrize(("given", "sent"), [("", "kept-by-the-stack"), ("given-in-the-shell", "given-in-the-shell")])
+def test_the_commands_key_is_the_shells_or_the_stacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, sent: str
+) -> None:
+    monkeypatch.setattr(Stack, "url", lambda _: "http://127.0.0.1:1")
+    monkeypatch.setattr(Stack, "settings", lambda _: Settings.model_validate({"api_key": "kept-by-the-stack" * 2}))
+    monkeypatch.setenv("ERRATA_API_KEY", given * 2)
+    with connect(tmp_path, None) as client:
+        assert client._http.headers["authorization"] == f"Bearer {sent * 2}"
 
 
 @pytest.mark.parametrize(("ready", "status"), [(False, 130), (True, 0)])

@@ -27,8 +27,10 @@ from service.settings import Settings
 from service.store import TRANSITIONS, Idempotency
 from service.stores import Stores
 
-# As the design has it, and what a rollback and a release need besides.
+# As the design has it, and what a rollback, a release and a review need besides.
 ALLOWED = {
+    ("proposed", "queued"),
+    ("proposed", "retracted"),
     ("queued", "training"),
     ("training", "trained"),
     ("training", "queued"),
@@ -101,7 +103,7 @@ def test_the_table_is_the_designs() -> None:
 
 
 def test_unknown_edit_is_not_found(stores: Stores) -> None:
-    for call in (stores.edits.get, stores.edits.retract, stores.edits.release):
+    for call in (stores.edits.get, stores.edits.retract, stores.edits.release, stores.edits.approve):
         with pytest.raises(NotFoundError):
             call("edit_nowhere")
 

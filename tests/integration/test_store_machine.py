@@ -16,9 +16,11 @@ from hypothesis.stateful import (
 )
 from scripted_worker import ScriptedWorker, fact
 
-from service.errors import ConflictError
+from service.audit import Actor, acting
+from service.errors import ConflictError, OwnProposalError
 from service.registry import OvertakenError
 from service.schemas import Edit, EditStatus, Format, FormatOutcome, Run, RunStatus, VersionState
+from service.store import EditStore
 from service.stores import Stores
 
 PROMPTS = st.sampled_from(["p", "q"])
@@ -42,6 +44,7 @@ class Lives(RuleBasedStateMachine):
     def begin(self) -> None:
         if keys := list(self.stores.redis.scan_iter("errata:*")):
             self.stores.redis.delete(*keys)
+        self.reviewed = EditStore(self.stores.redis, events_max=1000, idempotency_ttl_s=60, max_attempts=3, review=True)
         self.worker = ScriptedWorker(self.stores)
         self.worker.register_base()
         self.ids: list[str] = []
@@ -53,6 +56,27 @@ class Lives(RuleBasedStateMachine):
     @rule(prompt=PROMPTS, answer=TARGETS)
     def submit(self, prompt: str, answer: str) -> None:
         self.ids.append(self.stores.edits.submit([fact(prompt, answer)])[0].id)
+
+    @rule(prompt=PROMPTS, answer=TARGETS)
+    def propose(self, prompt: str, answer: str) -> None:
+        before = self.stores.edits.get_many(self.ids)
+        with acting(Actor("proposer")):
+            [edit] = self.reviewed.submit([fact(prompt, answer)])
+        assert edit.status is EditStatus.PROPOSED
+        assert self.stores.edits.get_many(self.ids) == before, "it is nobody's successor yet"
+        self.ids.append(edit.id)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data(), actor=st.sampled_from(["proposer", "another"]))
+    def approve(self, data: st.DataObject, actor: str) -> None:
+        edit = self.stores.edits.get(data.draw(st.sampled_from(self.ids)))
+        with acting(Actor(actor)):
+            if edit.status is EditStatus.PROPOSED and actor == "another":
+                assert self.stores.edits.approve(edit.id).status is EditStatus.QUEUED
+            else:
+                with pytest.raises((ConflictError, OwnProposalError)):
+                    self.stores.edits.approve(edit.id)
+                assert self.stores.edits.get(edit.id) == edit
 
     @precondition(lambda self: self.ids)
     @rule(data=st.data())
@@ -142,6 +166,8 @@ class Lives(RuleBasedStateMachine):
             if edit.status is EditStatus.LIVE:
                 assert edit.id in served
                 assert all(outcome.matched for outcome in edit.verified.values())
+            elif edit.status is EditStatus.PROPOSED:
+                assert edit.id not in served
             elif edit.status is EditStatus.TRAINED:
                 assert edit.version == self.version
 

@@ -54,12 +54,13 @@ def test_help_names_every_command() -> None:
         "status",
         "list",
         "retract",
+        "approve",
         "release",
         "versions",
         "activate",
     ]:
         assert f" {name} " in result.output
-    for name in ["rollback", "runs", "ask", "doctor", "demo"]:
+    for name in ["rollback", "runs", "ask", "doctor", "demo", "keys", "audit"]:
         assert f" {name} " in result.output
 
 

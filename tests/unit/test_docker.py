@@ -91,6 +91,21 @@ def test_the_internal_token_has_no_default(services: dict[str, dict[str, Any]]) 
     assert tokens.pop().startswith("${ERRATA_NODE_TOKEN:?")
 
 
+def test_the_operators_key_has_no_default_and_only_the_service_has_it(services: dict[str, dict[str, Any]]) -> None:
+    keys = {name: service.get("environment", {}).get("ERRATA_API_KEY") for name, service in services.items()}
+    assert {name for name, key in keys.items() if key} == {"service"}
+    assert keys["service"].startswith("${ERRATA_API_KEY:?")
+
+
+def test_the_images_setting_is_the_address_that_it_listens_on() -> None:
+    dockerfile = (ROOT / "docker/service.Dockerfile").read_text()
+    setting = re.search(r"ERRATA_HOST=(\S+)", dockerfile)
+    command = re.search(r'"--host", "([^"]+)"', dockerfile)
+    assert setting is not None
+    assert command is not None
+    assert setting.group(1) == command.group(1)
+
+
 def test_containers_have_no_privileges_and_declared_volumes(
     compose: dict[str, Any], services: dict[str, dict[str, Any]]
 ) -> None:

@@ -121,6 +121,18 @@ def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:
         build_command(flags(model_dir), {}, on_cpu=True)
 
 
+def test_the_token_may_be_in_a_file(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("from-the-file\n")
+    command = build_command(flags(model_dir), {"ERRATA_NODE_TOKEN_FILE": str(file)}, on_cpu=True)
+    assert command.environ["ERRATA_NODE_TOKEN"] == "from-the-file"
+    file.write_text("")
+    with pytest.raises(IncompleteEnvironmentError, match="ERRATA_NODE_TOKEN unset"):
+        build_command(flags(model_dir), {"ERRATA_NODE_TOKEN_FILE": str(file)}, on_cpu=True)
+    with pytest.raises(IncompleteEnvironmentError, match="No such file"):
+        build_command(flags(model_dir), {"ERRATA_NODE_TOKEN_FILE": str(tmp_path / "none")}, on_cpu=True)
+
+
 def test_a_location_that_the_model_lacks_is_refused(model_dir: Path) -> None:
     with pytest.raises(checkpoint.UnknownLocationError, match=r"layers\.20\."):
         build_command([*flags(model_dir), "--location", "model.layers.20.mlp.down_proj"], TOKEN, on_cpu=True)

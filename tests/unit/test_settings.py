@@ -68,6 +68,14 @@ def test_the_store_is_the_same_from_every_folder(store: str, url: str) -> None:
     assert Settings(home=Path("/state"), store=store).store_url == url
 
 
+def test_a_review_needs_keys() -> None:
+    with pytest.raises(ValidationError, match="review needs auth to be required"):
+        Settings.from_env({"ERRATA_REVIEW": "true"})
+    settings = Settings.from_env({"ERRATA_REVIEW": "true", "ERRATA_AUTH": "required"})
+    assert settings.review
+    assert Settings.from_env(settings.environment()) == settings
+
+
 def test_the_environment_gives_the_same_settings() -> None:
     settings = Settings(
         home=Path("/somewhere"), nodes=("http://a", "http://b"), trigger=Trigger.MANUAL, train_batch_size=4
@@ -77,6 +85,34 @@ def test_the_environment_gives_the_same_settings() -> None:
 
 
 def test_secrets_are_not_in_the_environment_or_the_representation() -> None:
-    settings = Settings.model_validate({"node_token": "s3cret"})
+    settings = Settings.model_validate({"node_token": "s3cret", "api_key": "s3cret" * 6})
     assert "s3cret" not in str(settings.environment())
     assert "s3cret" not in repr(settings)
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "NODE_TOKEN", "REDIS_URL"])
+def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
+    secret = "redis://s3cret@host/0-and-long-enough"
+    file = tmp_path / "secret"
+    file.write_text(f"{secret}\n")
+    field = getattr(Settings.from_env({f"ERRATA_{name}_FILE": str(file)}), name.lower())
+    assert secret in {field, getattr(field, "get_secret_value", str)()}
+    with pytest.raises(ValueError, match=f"ERRATA_{name} and ERRATA_{name}_FILE are both set"):
+        Settings.from_env({f"ERRATA_{name}_FILE": str(file), f"ERRATA_{name}": secret})
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=f"ERRATA_{name}_FILE: .* is empty"):
+        Settings.from_env({f"ERRATA_{name}_FILE": str(file)})
+    with pytest.raises(ValueError, match=f"ERRATA_{name}_FILE: .*: FileNotFoundError"):
+        Settings.from_env({f"ERRATA_{name}_FILE": str(tmp_path / "none")})
+
+
+def test_only_a_secret_may_be_in_a_file() -> None:
+    with pytest.raises(ValueError, match="unknown setting: ERRATA_PORT_FILE"):
+        Settings.from_env({"ERRATA_PORT_FILE": "port"})
+
+
+@pytest.mark.parametrize("key", ["s3cret", "s3cret " * 6, "s3crét" * 6, "s3cret\n" * 6])
+def test_a_key_that_is_short_or_fits_no_header_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValidationError, match="api_key") as error:
+        Settings.from_env({"ERRATA_API_KEY": key})
+    assert "s3cr" not in str(error.value)

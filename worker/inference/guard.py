@@ -1,8 +1,9 @@
-"""The node's door: every route but none of vLLM's adapter management, for holders of the internal token only."""
+"""The node's door: the few routes that Errata uses, for holders of the internal token only."""
 
 import hmac
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -13,8 +14,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# These load any path of the node's disk under any name. Versions come in through the resolver, verified, or not at all.
-_CLOSED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
+# vLLM serves dozens more, and each release others: some load any path of the node's disk under any name, some replace
+# the weights, stop the engine or write profiles. Versions come in through the resolver, verified, or not at all.
+_OPEN = re.compile(
+    r"GET /health"
+    r"|POST /v1/(chat/)?completions"
+    r"|GET /errata/versions(/[0-9]+/checksum)?"
+    r"|POST /errata/versions/[0-9]+/prefetch"
+    r"|DELETE /errata/versions/[0-9]+"
+)
 
 
 class TokenGuard:
@@ -36,10 +44,10 @@ class TokenGuard:
             await self._app(scope, receive, send)
         elif not hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._expected):
             await _refuse(scope, send, 401, "invalid_token", "this node answers only to its internal token")
-        elif scope["path"].removeprefix(scope.get("root_path", "")).startswith(_CLOSED):
-            await _refuse(scope, send, 404, "not_found", "adapters are not managed from outside")
-        else:
+        elif _OPEN.fullmatch(f"{scope.get('method')} {scope['path'].removeprefix(scope.get('root_path', ''))}"):
             await self._app(scope, receive, send)
+        else:
+            await _refuse(scope, send, 404, "not_found", "this node serves only what Errata uses of it")
 
 
 async def _refuse(scope: Message, send: Send, status: int, code: str, message: str) -> None:

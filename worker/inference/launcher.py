@@ -48,8 +48,7 @@ def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bo
     """
     argv, extra = _split(argv)
     options = _parser(environ).parse_args(argv)
-    if not environ.get(TOKEN_VARIABLE):
-        raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
+    token = _token(environ)
     model_dir = checkpoint.resolve_model(options.model).absolute()
     location = checkpoint.resolve_location(model_dir, options.location)
     node = NodeEnvironment(
@@ -61,8 +60,22 @@ def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bo
     )
     return Command(
         [sys.executable, *_server_arguments(options, node, on_cpu=on_cpu), *extra],
-        {**environ, **_server_environ(environ, on_cpu=on_cpu), **node.variables()},
+        {**environ, **_server_environ(environ, on_cpu=on_cpu), **node.variables(), TOKEN_VARIABLE: token},
     )
+
+
+def _token(environ: Mapping[str, str]) -> str:
+    """Return the token that the node demands, or what is in the file that `ERRATA_NODE_TOKEN_FILE` names."""
+    if token := environ.get(TOKEN_VARIABLE):
+        return token
+    file = environ.get(f"{TOKEN_VARIABLE}_FILE")
+    try:
+        token = Path(file).read_text().strip() if file else ""
+    except OSError as error:
+        raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE}_FILE: {file} cannot be read: {error.strerror}") from error
+    if not token:
+        raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
+    return token
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
