@@ -1,5 +1,7 @@
 """GET /metrics over the real application: what it says after a life of edits, and what it says when parts are away."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import cast
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 from redis_server import RedisServer, free_port
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
@@ -274,4 +277,14 @@ def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Pa
         assert not [name for name in samples if name.startswith(("errata_edits", "errata_runs", "errata_versions"))]
         redis.start()
         assert scraped(service)["errata_redis_up"] == 1
+        with Redis(port=redis.port) as connection:
+            process = connection.info("server")["process_id"]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            assert scraped(service)["errata_redis_up"] == 0, "a Redis that hangs is away too"
+        finally:
+            os.kill(process, signal.SIGCONT)
+        redis.kill()
+        redis.start()
+        assert scraped(service)["errata_redis_up"] == 1, "a connection that a restart closed is no Redis that is away"
     redis.stop()
