@@ -29,6 +29,8 @@ lint: .venv
 	@$(bin)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(announce) 'hadolint: Dockerfiles'
 	@$(bin)/hadolint docker/*.Dockerfile
+	$(announce) 'bandit and pip-audit: the code and the pins'
+	@$(bin)/python security/audit.py
 
 unit integration e2e gpu: .venv
 	$(announce) 'pytest: $@'

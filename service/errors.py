@@ -117,14 +117,6 @@ class VersionNotReachedError(ErrataError):
     default_code = "version_not_reached"
 
 
-class RateLimitedError(ErrataError):
-    """The key asks more often than it may; ``Retry-After`` says when it may again."""
-
-    status = 429
-    type = "rate_limit_error"
-    default_code = "rate_limited"
-
-
 class UnavailableError(ErrataError):
     """A part that the request needs is not there now; the same request may succeed later."""
 

@@ -32,11 +32,15 @@ def bound(**fields: Any) -> Iterator[None]:
         _bound.reset(token)
 
 
+def bind(**fields: Any) -> None:
+    """Puts more fields on every line, until the ``bound`` ends that this is called in."""
+    _bound.set({**_bound.get(), **fields})
+
+
 def of_edits(edits: Sequence[Edit]) -> dict[str, Any]:
     """How many edits, and when they are few, which and by which request each came."""
-    if len(edits) > _MOST_NAMED:
-        return {"new_edits": len(edits)}
-    return {"new_edits": len(edits), "origins": [{"edit": edit.id, "request_id": edit.request_id} for edit in edits]}
+    named = edits if len(edits) <= _MOST_NAMED else ()
+    return {"new_edits": len(edits), "origins": [{"edit": edit.id, "request_id": edit.request_id} for edit in named]}
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,9 +1,11 @@
 """Every setting, read from the environment with the prefix ``ERRATA_``. An unknown ``ERRATA_`` variable is an error."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -18,6 +20,7 @@ _MIN_KEY_CHARS = 32
 class Settings(BaseModel):
     """The one set of settings of all processes; the README's table is generated from it."""
 
+    # An error names the setting and not its value, which may be a secret.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     home: Path = Field(default=Path(".errata"), description="Directory of all state of the embedded stack")
@@ -46,7 +49,7 @@ class Settings(BaseModel):
     device: Literal["", "cpu", "cuda"] = Field(
         default="", description="Where to train and serve; empty: CUDA if present"
     )
-    redis_url: str = Field(default="", description="An existing Redis; empty: the embedded one")
+    redis_url: str = Field(default="", repr=False, description="An existing Redis; empty: the embedded one")
     store: str = Field(default="", description="Version store: a directory or fsspec URL; empty: `versions` under home")
     nodes: tuple[str, ...] = Field(
         default=(), description="Comma-separated base URLs of vLLM nodes that run elsewhere; empty: one embedded node"
@@ -147,6 +150,8 @@ class Settings(BaseModel):
     def _nodes_are_urls(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
         for node in nodes:
             _demand_scheme(node, "http://", "https://")
+            if "@" in urlsplit(node).netloc:
+                raise ValueError("must carry no user and no password; ERRATA_NODE_TOKEN is what nodes demand")
         return nodes
 
     @field_validator("api_key")
@@ -157,11 +162,24 @@ class Settings(BaseModel):
             raise ValueError(f"must be at least {_MIN_KEY_CHARS} printable ASCII characters without a space")
         return key
 
+    @field_validator("node_token")
+    @classmethod
+    def _token_fits_a_header(cls, token: SecretStr) -> SecretStr:
+        # What does not is repeated in the HTTP library's error.
+        if not re.fullmatch(r"[!-~]*", token.get_secret_value()):
+            raise ValueError("must be printable ASCII without white space (a line end at its end?)")
+        return token
+
     @field_validator("redis_url")
     @classmethod
     def _redis_is_a_url(cls, url: str) -> str:
         if url:
             _demand_scheme(url, "redis://", "rediss://")
+            try:
+                _ = urlsplit(url).port
+            except ValueError:
+                # Its message repeats a part of the URL.
+                raise ValueError("has no number as its port; a password in a URL must be percent-encoded") from None
         return url
 
     @model_validator(mode="after")

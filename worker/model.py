@@ -74,11 +74,11 @@ def load_base(
     """
     path = resolve_model(path_or_hub_id)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     location = resolve_location(path, location)
     model: PreTrainedModel
     if device_map is None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         nn.Module.to(model, target)
     else:
         below = _lower_on_disk(path, location, target) if device_map == LOWER_ON_DISK else device_map
@@ -125,7 +125,8 @@ def freeze_base(
 
 def _lower_on_disk(path: Path, location: str, device: torch.device) -> DeviceMap:
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return lower_on_disk(empty, *_decoder_layer(empty, _linear_weights(empty, location)[0]), device)
 
 

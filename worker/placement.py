@@ -44,6 +44,7 @@ def load_placed(path: Path, device_map: DeviceMap, dtype: torch.dtype) -> PreTra
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            trust_remote_code=False,
             device_map=device_map if isinstance(device_map, str) else dict(device_map),
             offload_folder=scratch,
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from service.errors import ConflictError
-from service.logs import bound, of_edits
+from service.logs import bind, bound, of_edits
 from service.queue import TaskQueue
 from service.registry import FencedError
 from service.runs import LeaseLostError
@@ -109,17 +109,15 @@ class Trainer:
     def _attempt(self, run: Run, lease: Lease) -> None:
         claim = self.stores.edits.claim(run.id)
         self.stores.runs.update(run.id, edits=len(claim.members), new_edits=len(claim.claimed))
-        with bound(**of_edits(claim.new)):
-            log.info("run.claimed", extra={"edits": len(claim.members)})
-            if claim.members:
-                self._learn(run, lease, claim)
-            else:
-                # The empty edit set is the base's.
-                self._hand_over(run, 0)
-
-    def _learn(self, run: Run, lease: Lease, claim: Claim) -> None:
+        bind(**of_edits(claim.new))
+        log.info("run.claimed", extra={"edits": len(claim.members)})
+        if not claim.members:
+            # The empty edit set is the base's.
+            self._hand_over(run, 0)
+            return
         with self._phase(run, "train"):
             learned = self.learning.carry_out(run, lease, claim)
+        bind(**of_edits(learned.claim.new))
         with self._phase(run, "evaluate"):
             metrics = self._evaluate(learned.claim, learned.result.tensors)
         gate = Thresholds(
@@ -132,7 +130,7 @@ class Trainer:
             raise GateRejectedError("; ".join(decision.reasons))
         if lease.cancelled:
             raise TrainingCancelledError("cancelled while it was evaluated")
-        with bound(**of_edits(learned.claim.new)), self._phase(run, "commit"):
+        with self._phase(run, "commit"):
             self._commit(run, learned, metrics)
         self.learning.forget()
 

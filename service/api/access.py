@@ -20,7 +20,7 @@ from service.api.rates import Rates
 from service.api.scopes import scopes_for
 from service.api_keys import ApiKey, Credential, KeyStore
 from service.audit import Actor, acting
-from service.errors import ErrataError, InvalidApiKeyError, MissingScopeError, NotLocalError, RateLimitedError
+from service.errors import BusyError, ErrataError, InvalidApiKeyError, MissingScopeError, NotLocalError
 from service.settings import Settings
 from service.stores import Stores
 
@@ -165,7 +165,7 @@ class KeyDemand:
             InvalidApiKeyError: there is no usable key with the request.
             NotLocalError: no key is needed, and a page from elsewhere made a browser send it.
             MissingScopeError: the key does not open the route.
-            RateLimitedError: the key asks more often than it may.
+            BusyError: the key asks more often than it may.
         """
         parts: Parts = scope["app"].state.parts
         headers = Headers(scope=scope)
@@ -185,9 +185,8 @@ class KeyDemand:
             refusal.headers["WWW-Authenticate"] = "Bearer"
             raise refusal
         if wait_s := self._rates.wait_s(key):
-            limit = RateLimitedError(f"key {key.id} may ask {key.rate} times a minute")
-            limit.headers["Retry-After"] = str(math.ceil(wait_s))
-            raise limit
+            limit = f"key {key.id} may ask {key.rate} times a minute"
+            raise BusyError(limit, retry_after_s=math.ceil(wait_s), code="rate_limited")
         if demanded.isdisjoint(key.scopes):
             raise MissingScopeError(f"key {key.id} does not have the scope {' or '.join(sorted(demanded))}")
         return Caller(key, token, self._keyring, parts.stores.keys)

@@ -127,7 +127,7 @@ class ClientPace:
             await self._app(scope, receive_in_time, send_in_time)
         except ClientTooSlowError as error:
             if not answered:
-                await _refuse(send_in_time, error)
+                await refuse(send_in_time, error)
         except _ClientStalledError:
             log.warning("client.stalled", extra={"path": scope["path"], "seconds": self._timeout_s})
 

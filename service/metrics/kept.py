@@ -7,7 +7,6 @@ of state is added in its own script (service/lua/prelude.lua) or pipeline; ``Mea
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import cast
 
 from redis import Redis
@@ -61,13 +60,12 @@ class Measures:
 
     def tick(self, at: float, resident: Mapping[str, list[int]]) -> None:
         """Keeps when the control worker looked, and the versions that each node then held, by its address."""
-        with suppress(RedisError):
-            pipeline = self._redis.pipeline()
-            pipeline.delete(self._keys.nodes)
-            for address, versions in resident.items():
-                pipeline.hset(self._keys.nodes, address, ",".join(map(str, versions)))
-            pipeline.set(self._keys.ticked, round(at, 3))
-            pipeline.execute()
+        pipeline = self._redis.pipeline()
+        pipeline.delete(self._keys.nodes)
+        for address, versions in resident.items():
+            pipeline.hset(self._keys.nodes, address, ",".join(map(str, versions)))
+        pipeline.set(self._keys.ticked, round(at, 3))
+        self._try(pipeline.execute)
 
     def ticked_at(self) -> float | None:
         """When the control worker last looked, Unix seconds; None before the first time."""
@@ -84,7 +82,7 @@ class Measures:
         rows = cast(dict[str, str], self._redis.hgetall(self._keys.metrics))
         return {name: float(value) for name, value in rows.items()}
 
-    def _try(self, add: Callable[[], None]) -> None:
+    def _try(self, add: Callable[[], object]) -> None:
         try:
             add()
         except RedisError as error:

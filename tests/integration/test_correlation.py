@@ -28,7 +28,7 @@ from worker import run as worker_run
 from worker.evaluation.gate import GateDecision
 from worker.learning import Learning
 from worker.run import Trainer
-from worker.training.breadth_first import Hooks
+from worker.training.breadth_first import Hooks, TrainingError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -152,7 +152,7 @@ def test_many_edits_are_counted(
     said = by_event(lines)
     for event in ("edits.accepted", "run.claimed", "version.activated"):
         assert said[event]["new_edits"] == 9
-        assert "origins" not in said[event]
+        assert said[event]["origins"] == []
 
 
 def test_a_crash_names_its_request(service: httpx.Client, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +164,20 @@ def test_a_crash_names_its_request(service: httpx.Client, lines: Lines, monkeypa
     crashed = by_event(lines)["request.crashed"]
     assert crashed["request_id"] == "unlucky"
     assert "ZeroDivisionError" in crashed["exception"]
+
+
+def test_a_run_that_fails_leads_back(service: httpx.Client, train: Callable[..., Run], lines: Lines) -> None:
+    service.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "first"})
+
+    def diverge(_: Hooks) -> None:
+        raise TrainingError("diverged")
+
+    assert train(diverge).status is RunStatus.FAILED
+    logging.getLogger("any.library").info("library.said_later")
+    said = by_event(lines)
+    for event in ("run.crashed", "run.failed"):
+        assert [origin["request_id"] for origin in said[event]["origins"]] == ["first"]
+    assert "origins" not in said["library.said_later"]
 
 
 def test_a_rejection_leads_back_too(

@@ -1,7 +1,9 @@
 """The gateway over the real application: which version answers, whatever happens to the pointer meanwhile."""
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -51,8 +53,9 @@ class StreamingNode:
                 self._piece(b"")
 
             def _piece(self, content: bytes) -> None:
-                self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
-                self.wfile.flush()
+                with suppress(ConnectionError):  # the client of the test has gone
+                    self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+                    self.wfile.flush()
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -306,6 +309,32 @@ def test_no_header_goes_through(
         "date", "server", "content-type", "content-length", "transfer-encoding", "x-errata-version", "x-request-id",
     }  # fmt: skip
     assert "node" not in response.headers.values()
+
+
+def test_a_client_that_goes_in_the_middle_of_a_stream_is_counted_and_leaves_nothing_behind(
+    redis_server: RedisServer,
+    tokenizer_folder: Path,
+    stores: Stores,
+    worker: ScriptedWorker,
+    streaming_node: StreamingNode,
+) -> None:
+    streaming_node.go_on.clear()
+    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(streaming_node.address,))
+    with serving(settings) as url:
+        with (
+            httpx.Client(base_url=url, timeout=10) as client,
+            client.stream("POST", "/v1/completions", json={**ASK, "stream": True}) as response,
+        ):
+            pieces = response.iter_raw()
+            assert next(pieces) == b"data: first\n\n"
+            assert "errata_gateway_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text
+        deadline = time.monotonic() + 10
+        while "errata_gateway_requests_in_flight 0.0" not in (measured := httpx.get(f"{url}/metrics").text):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    streaming_node.go_on.set()
+    assert 'errata_gateway_requests_total{outcome="aborted",version="0"} 1.0' in measured
+    assert 'errata_gateway_first_byte_seconds_count{streamed="true"} 1.0' in measured
 
 
 def test_all_nodes_away(

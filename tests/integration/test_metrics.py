@@ -1,5 +1,7 @@
 """GET /metrics over the real application: what it says after a life of edits, and what it says when parts are away."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import cast
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 from redis_server import RedisServer, free_port
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
@@ -259,7 +262,7 @@ def test_labels_are_bounded(service: httpx.Client, worker: ScriptedWorker) -> No
 def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Path) -> None:
     redis = RedisServer(tmp_path)
     redis.start()
-    away = f"http://user:secret@127.0.0.1:{free_port()}"
+    away = f"http://127.0.0.1:{free_port()}"
     settings = Settings(redis_url=redis.url, model=str(tokenizer_folder), nodes=(away,))
     with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as service:
         assert scraped(service)["errata_redis_up"] == 1
@@ -269,9 +272,19 @@ def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Pa
         assert time.monotonic() - began < 5
         assert samples["errata_redis_up"] == 0
         assert samples["errata_nodes_ready"] == 0
-        assert samples[f'errata_node_ready{{node="{away.rpartition("@")[2]}"}}'] == 0
+        assert samples[f'errata_node_ready{{node="{away.removeprefix("http://")}"}}'] == 0
         assert samples['errata_http_requests_total{method="GET",route="/metrics",status="200"}'] == 1
         assert not [name for name in samples if name.startswith(("errata_edits", "errata_runs", "errata_versions"))]
         redis.start()
         assert scraped(service)["errata_redis_up"] == 1
+        with Redis(port=redis.port) as connection:
+            process = connection.info("server")["process_id"]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            assert scraped(service)["errata_redis_up"] == 0, "a Redis that hangs is away too"
+        finally:
+            os.kill(process, signal.SIGCONT)
+        redis.kill()
+        redis.start()
+        assert scraped(service)["errata_redis_up"] == 1, "a connection that a restart closed is no Redis that is away"
     redis.stop()

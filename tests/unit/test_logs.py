@@ -6,7 +6,7 @@ import logging
 import threading
 from contextvars import copy_context
 
-from service.logs import JsonFormatter, bound
+from service.logs import JsonFormatter, bind, bound
 
 
 def line(**extra: object) -> dict[str, object]:
@@ -25,6 +25,13 @@ def test_what_is_bound_stands_on_every_line_inside_and_on_none_outside() -> None
             assert line(reason="x") == {**PLAIN, "run": "r1", "edits": 3, "reason": "x"}
         assert line() == {**PLAIN, "run": "r1", "edits": 2}
         assert line(run="r2") == {**PLAIN, "run": "r2", "edits": 2}
+    assert line() == PLAIN
+
+
+def test_what_is_found_out_later_stands_until_the_end() -> None:
+    with bound(run="r1"):
+        bind(edits=2)
+        assert line() == {**PLAIN, "run": "r1", "edits": 2}
     assert line() == PLAIN
 
 
