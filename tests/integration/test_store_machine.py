@@ -44,7 +44,14 @@ class Lives(RuleBasedStateMachine):
     def begin(self) -> None:
         if keys := list(self.stores.redis.scan_iter("errata:*")):
             self.stores.redis.delete(*keys)
-        self.reviewed = EditStore(self.stores.redis, events_max=1000, idempotency_ttl_s=60, max_attempts=3, review=True)
+        self.reviewed = EditStore(
+            self.stores.redis,
+            events_max=1000,
+            idempotency_ttl_s=60,
+            max_attempts=3,
+            queue_max_edits=1000,
+            review=True,
+        )
         self.worker = ScriptedWorker(self.stores)
         self.worker.register_base()
         self.ids: list[str] = []
