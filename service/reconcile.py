@@ -63,8 +63,11 @@ class Reconciler:
         """
         record = self._stores.registry.get(version)
         if record.state is not VersionState.VERIFIED:
+            because = f": {record.reason}" if record.reason else ""
             raise ConflictError(
-                f"version {version} is {record.state}, not verified", param="version", code="version_not_verified"
+                f"version {version} is {record.state}, not verified{because}",
+                param="version",
+                code="version_not_verified",
             )
         self._prefetch(self._require_nodes(), version)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
@@ -195,7 +198,7 @@ class Reconciler:
         if run.version is None or waited_s < self._settings.verify_max_s:
             return
         reason = EditError(code="not_verified", message=f"no node could be asked for {waited_s:.0f} s: {error.message}")
-        self._stores.registry.mark(run.version, VersionState.REJECTED, reason=reason.message)
+        self._mark_rejected(run.version, reason)
         self._stores.edits.unclaim(run.id, error=reason, refund=True)
         self._end(run, RunStatus.FAILED, reason)
 
@@ -222,11 +225,14 @@ class Reconciler:
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
-        # A run over an empty edit set has no version of its own; the base is not rejected with it.
-        if self._stores.registry.get(version).run == run.id:
-            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
+        self._mark_rejected(version, error)
         self._stores.edits.unclaim(run.id, error=error)
         self._end(run, RunStatus.FAILED, error)
+
+    def _mark_rejected(self, version: int, error: EditError) -> None:
+        # A run over an empty edit set has no version of its own; the base is not rejected with it.
+        if version > 0:
+            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
 
     def _end(self, run: Run, status: RunStatus, error: EditError | None = None) -> None:
         self._stores.runs.finish(run.id, status, error=error)

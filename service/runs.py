@@ -46,7 +46,7 @@ class RunStore:
 
     def request(self, trigger: Trigger) -> tuple[Run, bool]:
         """The queued run, made if there is none; and whether it was made."""
-        answer = self._request({"run": f"run_{secrets.token_hex(12)}", "trigger": trigger})
+        answer = self._request({"run": new_run_id(), "trigger": trigger})
         return self.get(answer["run"]), bool(answer.get("created"))
 
     def start(self, run_id: str) -> Run | None:
@@ -167,6 +167,11 @@ class RunStore:
         """Train workers heard of within so many seconds."""
         since = self._clock() - within_s
         return cast(list[str], self._redis.zrangebyscore(self._keys.workers, since, "+inf"))
+
+
+def new_run_id() -> str:
+    """An id that no run has."""
+    return f"run_{secrets.token_hex(12)}"
 
 
 def _number(text: str | None) -> int | None:

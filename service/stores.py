@@ -7,6 +7,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from service.events import EventStream
+from service.recovery import Recovery
 from service.registry import VersionRegistry
 from service.runs import RunStore
 from service.settings import Settings
@@ -22,6 +23,7 @@ class Stores:
     registry: VersionRegistry
     runs: RunStore
     events: EventStream
+    recovery: Recovery
 
     @classmethod
     def connect(cls, settings: Settings) -> "Stores":
@@ -50,4 +52,5 @@ class Stores:
             registry=VersionRegistry(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
+            recovery=Recovery(redis, events_max=settings.events_max),
         )

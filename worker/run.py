@@ -27,6 +27,7 @@ from worker.learning import Learned, Learning
 from worker.lease import Lease
 from worker.model import BaseModel
 from worker.records import run_inputs, stored, summary, version_info, version_record
+from worker.repair import Repair
 from worker.training.breadth_first import TrainingCancelledError, TrainingError
 from worker.training.encode import EncodingError
 
@@ -50,12 +51,12 @@ class Trainer:
     settings: Settings
     stopping: threading.Event
 
-    def register_base(self) -> None:
-        """Makes version 0 exist: the base's own tensors, with an empty edit set.
+    def prepare(self) -> None:
+        """Makes version 0 exist, the base's own tensors with an empty edit set, and repairs what a crash left.
 
         Raises:
             ValueError: the store's version 0 is of another base model or location.
-            DeltaError: it cannot be written.
+            DeltaError: it cannot be written, or the store cannot be read.
         """
         if 0 not in self.versions.versions():
             info = version_info(self.base, 0, parent=None, run={}, metrics={})
@@ -66,12 +67,7 @@ class Trainer:
                 f"the version store is of {manifest.base.name} at {manifest.location}, the worker has {self.base.name} "
                 f"at {self.base.location}; give this model another ERRATA_HOME or ERRATA_STORE"
             )
-        registry = self.stores.registry
-        if not registry.exists(0):
-            counts = EditCounts(count=0, added=0, removed=0)
-            registry.commit(version_record(self.base, manifest, None, VersionState.VERIFIED, counts), [], token=None)
-        if registry.active() is None:
-            registry.activate(0)
+        Repair(self.versions, self.stores).carry_out()
 
     def execute(self, run_id: str) -> None:
         """Carries out a queued run; does nothing if another is under way or this one is not queued any more."""
@@ -137,16 +133,17 @@ class Trainer:
         )
 
     def _commit(self, run: Run, learned: Learned, metrics: Metrics) -> None:
-        registry = self.stores.registry
-        version = registry.next_number()
-        inputs = run_inputs(self.base, run, learned)
-        info = version_info(self.base, version, parent=run.parent, run=inputs, metrics=summary(metrics))
+        registry, edits = self.stores.registry, self.stores.edits
+        version = registry.next_number(run, above=self.versions.last_number())
         members = learned.claim.members
-        manifest = self.versions.write(info, learned.result.tensors, [stored(edit) for edit in members])
-        before = set(registry.members(run.parent or 0))
-        now = {self.stores.edits.sequence(edit.id) for edit in members}
+        sequences = edits.sequences(edit.id for edit in members)
+        before, now = set(registry.members(run.parent or 0)), set(sequences)
         counts = EditCounts(count=len(now), added=len(now - before), removed=len(before - now))
-        record = version_record(self.base, manifest, run.id, VersionState.COMMITTED, counts)
+        inputs = run_inputs(self.base, run, learned, counts)
+        info = version_info(self.base, version, parent=run.parent, run=inputs, metrics=summary(metrics))
+        kept = [stored(edit, sequence) for edit, sequence in zip(members, sequences, strict=True)]
+        manifest = self.versions.write(info, learned.result.tensors, kept)
+        record = version_record(manifest, VersionState.COMMITTED)
         registry.commit(record, [edit.id for edit in members], token=run.token)
         self.stores.edits.trained(run.id, version)
         self._hand_over(run, version)

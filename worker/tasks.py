@@ -39,7 +39,7 @@ def load(**_: Any) -> None:
     stores = Stores.connect(_settings)
     try:
         trainer = _trainer(stores)
-        trainer.register_base()
+        trainer.prepare()
         trainer.evaluator.prepare()
         trainer.learning.prepare()
     except (CheckpointError, ValueError, OSError, DeltaError) as error:

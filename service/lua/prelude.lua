@@ -21,6 +21,11 @@ local function field(id, name)
   return redis.call('HGET', keys.edit .. id, name) or ''
 end
 
+-- Whether a worker still has its run. It may have slept until another took the run over: then nothing of it counts.
+local function holds(run, token)
+  return redis.call('GET', keys.current) == run and redis.call('GET', keys.token) == tostring(token)
+end
+
 local function in_version(version, id)
   return redis.call('GETBIT', keys.version_edits .. version, field(id, 'seq')) == 1
 end

@@ -46,7 +46,7 @@ class ScriptedWorker:
         return run, self.stores.edits.claim(run.id).members
 
     def commit(self, run: Run, members: Sequence[Edit]) -> int:
-        version = self.stores.registry.next_number()
+        version = self.stores.registry.next_number(run, above=0)
         members_ids = [edit.id for edit in members]
         self.stores.registry.commit(record(version, run=run.id), members_ids, token=run.token)
         self.stores.edits.trained(run.id, version)

@@ -72,7 +72,7 @@ def bench(
     learning = Learning(base, prefix, Preservation(base, prefix, tmp_path), versions, stores, chosen)
     evaluator = Evaluator(base, prefix=prefix)
     trainer = Trainer(base, learning, evaluator, versions, stores, queue, chosen, threading.Event())
-    trainer.register_base()
+    trainer.prepare()
     bench = Bench(trainer, stores)
     real = worker_learning.train
 

@@ -360,7 +360,7 @@ class TestRollback:
         reconciler.roll_back(0)
         new = submit(stores, ("b", "2"))
         version = published(stores, worker, reconciler)
-        assert stores.registry.members(version) == [stores.edits.sequence(new[0].id)]
+        assert stores.registry.members(version) == stores.edits.sequences([new[0].id])
         assert statuses(stores, held + new) == ["held", "live"]
         stores.edits.release(held[0].id)
         published(stores, worker, reconciler)
