@@ -16,6 +16,7 @@ from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
 from service.registry import OvertakenError
+from service.runs import LeaseLostError
 from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.stores import Stores
@@ -111,6 +112,9 @@ class Reconciler:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
                 self._publish(run)
+        except LeaseLostError:
+            # The lock expired in a long verification, and another publisher has ended the run.
+            log.warning("publish.overtaken", extra={"run": run_id})
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
             self._give_up_in_time(run, error)
@@ -177,8 +181,8 @@ class Reconciler:
             return
         for edit_id, outcomes in verdict.outcomes.items():
             edits.record_verification(edit_id, outcomes)
-        self._stores.runs.add_timing(run.id, "load", loaded - began)
-        self._stores.runs.add_timing(run.id, "verify", self._clock() - loaded)
+        self._stores.runs.add_timing(run, "load", loaded - began)
+        self._stores.runs.add_timing(run, "verify", self._clock() - loaded)
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return
@@ -281,15 +285,24 @@ class Reconciler:
     def _take_over_lost_run(self) -> None:
         run = self._stores.runs.current()
         if run is None:
+            self._free_stranded()
             return
         if run.status is RunStatus.VERIFYING:
             self.publish(run.id)
         elif not self._stores.runs.leased():
+            # Ended first: a worker that wakes up meanwhile has either handed the run over or can do nothing more.
             error = EditError(code="worker_lost", message="the train worker of the run died")
-            self._stores.edits.unclaim(run.id, error=error)
-            self._end(run, RunStatus.FAILED, error)
-            # What its worker claimed between the two, and may not claim any more.
-            self._stores.edits.unclaim(run.id, error=error)
+            if self._stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
+                self._stores.edits.unclaim(run.id, error=error)
+                self._stores.edits.settle()
+                log.warning("run.taken_over", extra={"run": run.id})
+
+    def _free_stranded(self) -> None:
+        """Edits of a run that was ended by somebody who died before giving them back."""
+        counts = self._stores.edits.counts()
+        if counts[EditStatus.TRAINING] or counts[EditStatus.TRAINED]:
+            error = EditError(code="worker_lost", message="the run that had it ended without giving it back")
+            self._stores.edits.unclaim(None, error=error)
 
     def _resend_lost_message(self) -> None:
         run = self._stores.runs.queued()

@@ -14,6 +14,7 @@ from service.errors import ConflictError, NotFoundError
 from service.keys import VersionKeys, all_keys
 from service.lua import Script
 from service.schemas import Activation, Run, Version, VersionRecord, VersionState
+from service.store import TABLE
 
 
 class FencedError(ConflictError):
@@ -36,7 +37,7 @@ class VersionRegistry:
         self._keys = VersionKeys()
 
         def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
+            return {"keys": all_keys(), "transitions": TABLE, "now": int(clock()), "events_max": events_max}
 
         self._next_number = Script(redis, "next_number", context)
         self._commit = Script(redis, "commit", context)
@@ -58,12 +59,12 @@ class VersionRegistry:
         return int(answer["number"])
 
     def commit(self, record: VersionRecord, members: Sequence[str], *, token: int | None) -> None:
-        """Makes a version visible whose folder is whole.
+        """Makes a version visible whose folder is whole, and hands its run and the run's edits over to verification.
 
         Args:
             record: what to keep of it.
             members: ids of its edit set.
-            token: the run's fencing token; None for version 0, and for what is found in the version store.
+            token: the run's fencing token; None for what is found in the version store and has no run under way.
 
         Raises:
             FencedError: the run is not under way any more.

@@ -99,7 +99,6 @@ class EditStore:
         self._submit = Script(redis, "submit", context)
         self._move = Script(redis, "move", context)
         self._claim = Script(redis, "claim", context)
-        self._trained = Script(redis, "trained", context)
         self._unclaim = Script(redis, "unclaim", context)
         self._retract = Script(redis, "retract", context)
         self._release = Script(redis, "release", context)
@@ -251,10 +250,6 @@ class EditStore:
         if answer.get("lost"):
             raise LeaseLostError(f"run {run} was taken over")
         return Claim(self.get_many(answer["members"]), answer["claimed"])
-
-    def trained(self, run: str, version: int) -> list[str]:
-        """The run's edits are in a committed version; returns those that were still wanted."""
-        return cast(list[str], self._trained({"run": run, "version": version}))
 
     def record_verification(self, edit_id: str, outcomes: Mapping[Format, FormatOutcome]) -> None:
         """Keeps what a node answered; ``settle`` decides by it once the version is active."""

@@ -140,7 +140,7 @@ class Learning:
     def _report(self, run: Run, config: TrainingConfig, epoch: EpochReport) -> None:
         loss = EpochLoss(epoch=epoch.epoch, loss=epoch.loss, steps=epoch.steps, seconds=round(epoch.seconds, 3))
         eta_s = max(0, config.max_epochs - epoch.epoch) * epoch.seconds
-        self.stores.runs.add_epoch(run.id, loss, eta_s=eta_s)
+        self.stores.runs.add_epoch(run, loss, eta_s=eta_s)
 
     @property
     def _snapshot_path(self) -> Path:
@@ -165,7 +165,7 @@ class _Joined:
             raise EditSetChangedError
         new = [edit for edit in now.members if edit.id not in before]
         self.claim = Claim([*self.claim.members, *new], now.claimed)
-        self._stores.runs.update(self._run.id, edits=len(self.claim.members), new_edits=len(now.claimed))
+        self._stores.runs.update(self._run, edits=len(self.claim.members), new_edits=len(now.claimed))
         return [_training_edit(edit) for edit in new]
 
 

@@ -84,25 +84,38 @@ class Trainer:
             stopping=self.stopping,
         ) as lease:
             try:
-                self._attempt(run, lease)
+                self._carry_out(run, lease)
             except (LeaseLostError, FencedError) as error:
                 log.warning("run.taken_over", extra={"run": run_id, "reason": error.message})
-            except TrainingCancelledError:
-                self._cancelled(run, lease)
-            except EncodingError as error:
-                self._fail_edit(run, error)
-            except GateRejectedError as error:
-                self._fail(run, EditError(code="gate_rejected", message=str(error)))
-            except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
-                log.error("run.crashed", exc_info=error, extra={"run": run_id})
-                self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
+
+    def _carry_out(self, run: Run, lease: Lease) -> None:
+        """A run that ends otherwise than by its commit gives its edits back.
+
+        Raises:
+            LeaseLostError: the run was taken over; nothing more is to be done about it.
+            FencedError: likewise.
+        """
+        try:
+            self._attempt(run, lease)
+        except (LeaseLostError, FencedError):
+            raise
+        except TrainingCancelledError:
+            self._cancelled(run, lease)
+        except EncodingError as error:
+            self._fail_edit(run, error)
+        except GateRejectedError as error:
+            self._fail(run, EditError(code="gate_rejected", message=str(error)))
+        except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            log.error("run.crashed", exc_info=error, extra={"run": run.id})
+            self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
 
     def _attempt(self, run: Run, lease: Lease) -> None:
         claim = self.stores.edits.claim(run.id)
-        self.stores.runs.update(run.id, edits=len(claim.members), new_edits=len(claim.claimed))
+        self.stores.runs.update(run, edits=len(claim.members), new_edits=len(claim.claimed))
         if not claim.members:
             # The empty edit set is the base's.
-            self._hand_over(run, 0)
+            self.stores.runs.hand_over(run, 0)
+            self.queue.publish(run.id)
             return
         with self._phase(run, "train"):
             learned = self.learning.carry_out(run, lease, claim)
@@ -145,11 +158,6 @@ class Trainer:
         manifest = self.versions.write(info, learned.result.tensors, kept)
         record = version_record(manifest, VersionState.COMMITTED)
         registry.commit(record, [edit.id for edit in members], token=run.token)
-        self.stores.edits.trained(run.id, version)
-        self._hand_over(run, version)
-
-    def _hand_over(self, run: Run, version: int) -> None:
-        self.stores.runs.hand_over(run, version)
         self.queue.publish(run.id)
 
     def _cancelled(self, run: Run, lease: Lease) -> None:
@@ -160,29 +168,29 @@ class Trainer:
             limit = f"the run took longer than {self.settings.run_max_s:g} s"
             self._fail(run, EditError(code="run_too_long", message=limit))
             return
+        self.stores.runs.give_up(run, RunStatus.CANCELLED)
         self.stores.edits.unclaim(run.id, refund=True)
-        self.stores.runs.finish(run.id, RunStatus.CANCELLED)
         self.stores.edits.settle()
         log.info("run.cancelled", extra={"run": run.id, "shutting_down": not lease.cancelled})
 
     def _fail(self, run: Run, error: EditError) -> None:
         log.error("run.failed", extra={"run": run.id, "code": error.code, "reason": error.message})
-        self.learning.forget()
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=error)
         self.stores.edits.unclaim(run.id, error=error)
-        self.stores.runs.finish(run.id, RunStatus.FAILED, error=error)
         self.stores.edits.settle()
+        self.learning.forget()
 
     def _fail_edit(self, run: Run, error: EncodingError) -> None:
         """One edit cannot be learned at all: it fails alone, and the others try again without it."""
         reason = EditError(code="not_encodable", message=error.reason)
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
         with suppress(ConflictError):  # withdrawn meanwhile
             self.stores.edits.move(error.edit_id, EditStatus.FAILED, error=reason.model_dump_json(), run="")
         self.stores.edits.unclaim(run.id, refund=True)
-        self.stores.runs.finish(run.id, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
 
     @contextmanager
     def _phase(self, run: Run, name: str) -> Iterator[None]:
-        self.stores.runs.update(run.id, phase=name)
+        self.stores.runs.update(run, phase=name)
         began = time.perf_counter()
         yield
-        self.stores.runs.add_timing(run.id, name, time.perf_counter() - began)
+        self.stores.runs.add_timing(run, name, time.perf_counter() - began)

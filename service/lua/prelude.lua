@@ -26,6 +26,13 @@ local function holds(run, token)
   return redis.call('GET', keys.current) == run and redis.call('GET', keys.token) == tostring(token)
 end
 
+-- The training of a run is over: its verification begins.
+local function hand_over(run, version)
+  redis.call('HSET', keys.run .. run, 'status', 'verifying', 'phase', 'verify', 'version', version,
+    'verifying_since', context.now)
+  emit('run.verifying', {id = run, version = version})
+end
+
 local function in_version(version, id)
   return redis.call('GETBIT', keys.version_edits .. version, field(id, 'seq')) == 1
 end

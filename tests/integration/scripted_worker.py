@@ -49,8 +49,6 @@ class ScriptedWorker:
         version = self.stores.registry.next_number(run, above=0)
         members_ids = [edit.id for edit in members]
         self.stores.registry.commit(record(version, run=run.id), members_ids, token=run.token)
-        self.stores.edits.trained(run.id, version)
-        self.stores.runs.hand_over(run, version)
         answers = {edit.prompt: self.mistakes.get(edit.prompt, edit.target) for edit in members}
         for node in self.nodes:
             node.teach(version, answers)

@@ -141,7 +141,7 @@ def test_settling_follows_the_pointer_whatever_the_order(stores: Stores, worker:
     for version, edit in enumerate(edits, start=1):
         commit(stores, version, [edit.id])
         stores.edits.claim("run")
-        stores.edits.trained("run", version)
+        stores.edits.move(edit.id, EditStatus.TRAINED, version=version)
         stores.redis.hset(f"errata:edit:{edit.id}", "verdict", "matched")
 
     def visit(version: int) -> None:

@@ -63,7 +63,6 @@ class Bench:
         number = self.stores.registry.next_number(run, above=self.versions.last_number())
         record = version_record(self.write(number, members, run=run.id), VersionState.VERIFIED)
         self.stores.registry.commit(record, [edit.id for edit in members], token=run.token)
-        self.stores.edits.trained(run.id, number)
         for edit in members:
             self.stores.redis.hset(f"errata:edit:{edit.id}", "verdict", "matched")
         self.stores.registry.activate(number)

@@ -259,13 +259,14 @@ def test_unclaim_leaves_other_runs_edits(stores: Stores) -> None:
     assert status_of(stores, edit.id) is EditStatus.TRAINING
 
 
-def test_withdrawn_while_training_is_not_trained(stores: Stores) -> None:
+def test_withdrawn_while_training_is_not_trained(stores: Stores, worker: ScriptedWorker) -> None:
     gone, replaced, kept = stores.edits.submit([fact("a", "1"), fact("b", "2"), fact("c", "3")])
-    stores.edits.claim("run_1")
+    run, members = worker.begin()
     stores.edits.retract(gone.id)
     stores.edits.submit([fact("b", "4")])
     assert status_of(stores, gone.id) is EditStatus.RETRACTING
-    assert stores.edits.trained("run_1", 1) == [kept.id]
+    worker.commit(run, members)
+    assert [edit.id for edit in stores.edits.in_status(EditStatus.TRAINED)] == [kept.id]
     stores.edits.settle()
     assert status_of(stores, gone.id) is EditStatus.RETRACTING
     assert status_of(stores, replaced.id) is EditStatus.SUPERSEDED

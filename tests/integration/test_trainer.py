@@ -51,7 +51,7 @@ def carry_out(
         preservation: Any = SimpleNamespace(factors=lambda _: {})
         learning = Learning(base, played, preservation, played, stores, hasty)
         trainer = Trainer(base, learning, evaluator, played, stores, queue, hasty, threading.Event())
-        monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self._hand_over(run, 1))
+        monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self.stores.runs.hand_over(run, 1))
         run_id = stores.runs.request(Trigger.MANUAL)[0].id
         trainer.execute(run_id)
         return stores.runs.get(run_id)
