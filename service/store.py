@@ -99,6 +99,7 @@ class EditStore:
         self._submit = Script(redis, "submit", context)
         self._move = Script(redis, "move", context)
         self._claim = Script(redis, "claim", context)
+        self._set_aside = Script(redis, "set_aside", context)
         self._unclaim = Script(redis, "unclaim", context)
         self._retract = Script(redis, "retract", context)
         self._release = Script(redis, "release", context)
@@ -250,6 +251,24 @@ class EditStore:
         if answer.get("lost"):
             raise LeaseLostError(f"run {run} was taken over")
         return Claim(self.get_many(answer["members"]), answer["claimed"])
+
+    def set_aside(self, run: str, token: int | None, edit_ids: Sequence[str], error: EditError) -> list[str]:
+        """Edits that a run fails by are `failed`; returns those that were still wanted.
+
+        Args:
+            run: the run that found them out.
+            token: its fencing token.
+            edit_ids: the edits.
+            error: what they did.
+
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        said = {"run": run, "token": token, "ids": list(edit_ids), "error": error.model_dump_json()}
+        answer = self._set_aside(said)
+        if answer.get("lost"):
+            raise LeaseLostError(f"run {run} was taken over")
+        return cast(list[str], answer["moved"])
 
     def record_verification(self, edit_id: str, outcomes: Mapping[Format, FormatOutcome]) -> None:
         """Keeps what a node answered; ``settle`` decides by it once the version is active."""

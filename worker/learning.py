@@ -60,8 +60,8 @@ class Learning:
         if strength := self.config(nothing).preserve:
             self.preservation.factors(strength)
 
-    def carry_out(self, run: Run, lease: Lease, claim: Claim) -> Learned:
-        """Train what a run has claimed, and what arrives meanwhile; the snapshot is kept until `forget`.
+    def carry_out(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool = True) -> Learned:
+        """Train what a run has claimed and, if they may join, edits that arrive; the snapshot is kept until `forget`.
 
         Raises:
             TrainingError: it was cancelled or diverged.
@@ -69,7 +69,7 @@ class Learning:
             LeaseLostError: the run was taken over.
         """
         try:
-            return self._train(run, lease, claim, joinable=True)
+            return self._train(run, lease, claim, joinable=joinable)
         except EditSetChangedError:
             log.info("run.restarted", extra={"run": run.id, "reason": "an edit left the set"})
             return self._train(run, lease, self.stores.edits.claim(run.id), joinable=False)

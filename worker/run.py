@@ -7,35 +7,31 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from service.errors import ConflictError
 from service.queue import TaskQueue
 from service.registry import FencedError
 from service.runs import LeaseLostError
-from service.schemas import EditCounts, EditError, EditStatus, Run, RunStatus, VersionState
+from service.schemas import EditCounts, EditError, Run, RunStatus, VersionState
 from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
+from worker.candidate import Candidate, EditsFault, GateRejectedError, isolate
 from worker.delta import DeltaError, VersionStore
 from worker.evaluation.gate import Thresholds, decide
 from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
-from worker.learning import Learned, Learning
+from worker.learning import Learning
 from worker.lease import Lease
 from worker.model import BaseModel
 from worker.records import run_inputs, stored, summary, version_info, version_record
 from worker.repair import Repair
-from worker.training.breadth_first import TrainingCancelledError, TrainingError
+from worker.training.breadth_first import TrainingCancelledError, TrainingDivergedError, TrainingError
 from worker.training.encode import EncodingError
 
 log = logging.getLogger(__name__)
-
-
-class GateRejectedError(Exception):
-    """The candidate is not good enough; the message says in what."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,17 @@ class Trainer:
             self.stores.runs.hand_over(run, 0)
             self.queue.publish(run.id)
             return
+        try:
+            candidate = self._candidate(run, lease, claim, joinable=True)
+        except (TrainingDivergedError, GateRejectedError) as fault:
+            candidate = self._without_culprits(run, lease, fault)
+        with self._phase(run, "commit"):
+            self._commit(run, candidate)
+        self.learning.forget()
+
+    def _candidate(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Candidate:
         with self._phase(run, "train"):
-            learned = self.learning.carry_out(run, lease, claim)
+            learned = self.learning.carry_out(run, lease, claim, joinable=joinable)
         with self._phase(run, "evaluate"):
             metrics = self._evaluate(learned.claim, learned.result.tensors)
         gate = Thresholds(
@@ -127,13 +132,30 @@ class Trainer:
             max_perplexity_ratio=self.settings.gate_max_perplexity_ratio,
         )
         decision = decide(metrics, gate)
-        if not decision.passed:
-            raise GateRejectedError("; ".join(decision.reasons))
         if lease.cancelled:
             raise TrainingCancelledError("cancelled while it was evaluated")
-        with self._phase(run, "commit"):
-            self._commit(run, learned, metrics)
-        self.learning.forget()
+        if not decision.passed:
+            raise GateRejectedError("; ".join(decision.reasons))
+        return Candidate(learned, metrics)
+
+    def _without_culprits(self, run: Run, lease: Lease, fault: EditsFault) -> Candidate:
+        """The candidate of the other edits. Raises the fault if no edit is found to be at fault, or there is none."""
+
+        def attempt(some: Claim) -> Candidate:
+            self.learning.forget()
+            return self._candidate(run, lease, some, joinable=False)
+
+        log.warning("run.looks_for_culprits", extra={"run": run.id, "reason": str(fault)})
+        found = isolate(self.stores.edits.claim(run.id), fault, attempt)
+        if found is None:
+            raise fault
+        code = "gate_rejected" if isinstance(fault, GateRejectedError) else "training_diverged"
+        reason = EditError(code=code, message=f"the other edits are learned without it; with it: {fault}")
+        self.stores.edits.set_aside(run.id, run.token, [edit.id for edit in found.culprits], reason)
+        log.warning("run.set_aside", extra={"run": run.id, "edits": [edit.id for edit in found.culprits]})
+        if found.candidate is None:
+            raise fault
+        return found.candidate
 
     def _evaluate(self, claim: Claim, tensors: Mapping[str, Tensor]) -> Metrics:
         new = set(claim.claimed)
@@ -145,7 +167,8 @@ class Trainer:
             [EvaluationEdit(edit.id, edit.prompt, edit.target, tuple(edit.rephrases)) for edit in measured], tensors
         )
 
-    def _commit(self, run: Run, learned: Learned, metrics: Metrics) -> None:
+    def _commit(self, run: Run, candidate: Candidate) -> None:
+        learned, metrics = candidate.learned, candidate.metrics
         registry, edits = self.stores.registry, self.stores.edits
         version = registry.next_number(run, above=self.versions.last_number())
         members = learned.claim.members
@@ -183,9 +206,8 @@ class Trainer:
     def _fail_edit(self, run: Run, error: EncodingError) -> None:
         """One edit cannot be learned at all: it fails alone, and the others try again without it."""
         reason = EditError(code="not_encodable", message=error.reason)
+        self.stores.edits.set_aside(run.id, run.token, [error.edit_id], reason)
         self.stores.runs.give_up(run, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
-        with suppress(ConflictError):  # withdrawn meanwhile
-            self.stores.edits.move(error.edit_id, EditStatus.FAILED, error=reason.model_dump_json(), run="")
         self.stores.edits.unclaim(run.id, refund=True)
 
     @contextmanager
