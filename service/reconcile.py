@@ -48,6 +48,7 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._seen_ready: set[str] = set()
+        self._looked_at = clock()
 
     def ready_nodes(self) -> list[NodeClient]:
         """The nodes that serve now."""
@@ -132,6 +133,7 @@ class Reconciler:
         self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
+        self._looked_at = self._clock()
 
     def pull(self) -> None:
         """Requests a run if the trigger says so."""
@@ -289,13 +291,17 @@ class Reconciler:
             return
         if run.status is RunStatus.VERIFYING:
             self.publish(run.id)
-        elif not self._stores.runs.leased():
+        elif not self._stores.runs.leased() and not self._was_away():
             # Ended first: a worker that wakes up meanwhile has either handed the run over or can do nothing more.
             error = EditError(code="worker_lost", message="the train worker of the run died")
             if self._stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
                 self._stores.edits.unclaim(run.id, error=error)
                 self._stores.edits.settle()
                 log.warning("run.taken_over", extra={"run": run.id})
+
+    def _was_away(self) -> bool:
+        """Whether the last look was so long ago that Redis may have been away: its worker renews the lease first."""
+        return self._clock() - self._looked_at > self._settings.run_lease_s / 2
 
     def _free_stranded(self) -> None:
         """Edits of a run that was ended by somebody who died before giving them back."""

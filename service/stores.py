@@ -26,8 +26,12 @@ class Stores:
     recovery: Recovery
 
     @classmethod
-    def connect(cls, settings: Settings) -> "Stores":
+    def connect(cls, settings: Settings, *, patience_s: int = 0) -> "Stores":
         """Builds the stores; the connection itself is made at the first command.
+
+        Args:
+            settings: where Redis is.
+            patience_s: a command waits so long, and a little longer, for a Redis that is away.
 
         Raises:
             ValueError: no Redis is configured.
@@ -39,7 +43,7 @@ class Stores:
             decode_responses=True,
             socket_timeout=15,
             socket_connect_timeout=5,
-            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5),
+            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=5 + patience_s),
         )
         return cls(
             redis=redis,

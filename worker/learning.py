@@ -76,7 +76,10 @@ class Learning:
 
     def forget(self) -> None:
         """Drop the snapshot: its run has ended in a way that the next must not go on from."""
-        self._snapshot_path.unlink(missing_ok=True)
+        try:
+            self._snapshot_path.unlink(missing_ok=True)
+        except OSError as error:  # the run has ended all the same
+            log.warning("run.snapshot_not_removed", extra={"reason": str(error)})
 
     def _train(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Learned:
         config = self.config(claim)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from redis.exceptions import RedisError
 from torch import Tensor
 
 from service.queue import TaskQueue
@@ -20,7 +21,7 @@ from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
 from worker.candidate import Candidate, EditsFault, GateRejectedError, isolate
-from worker.delta import DeltaError, VersionStore
+from worker.delta import VersionStore
 from worker.evaluation.gate import Thresholds, decide
 from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
 from worker.learning import Learning
@@ -28,7 +29,7 @@ from worker.lease import Lease
 from worker.model import BaseModel
 from worker.records import run_inputs, stored, summary, version_info, version_record
 from worker.repair import Repair
-from worker.training.breadth_first import TrainingCancelledError, TrainingDivergedError, TrainingError
+from worker.training.breadth_first import TrainingCancelledError, TrainingDivergedError
 from worker.training.encode import EncodingError
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class Trainer:
                 self._carry_out(run, lease)
             except (LeaseLostError, FencedError) as error:
                 log.warning("run.taken_over", extra={"run": run_id, "reason": error.message})
+            except RedisError as error:
+                # Nobody can be told. The run is taken over once its lease has expired.
+                log.error("run.interrupted", extra={"run": run_id, "reason": repr(error)})
 
     def _carry_out(self, run: Run, lease: Lease) -> None:
         """A run that ends otherwise than by its commit gives its edits back.
@@ -90,10 +94,11 @@ class Trainer:
         Raises:
             LeaseLostError: the run was taken over; nothing more is to be done about it.
             FencedError: likewise.
+            RedisError: Redis is away; nothing can be given back.
         """
         try:
             self._attempt(run, lease)
-        except (LeaseLostError, FencedError):
+        except (LeaseLostError, FencedError, RedisError):
             raise
         except TrainingCancelledError:
             self._cancelled(run, lease)
@@ -101,9 +106,10 @@ class Trainer:
             self._fail_edit(run, error)
         except GateRejectedError as error:
             self._fail(run, EditError(code="gate_rejected", message=str(error)))
-        except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            log.error("run.crashed", exc_info=error, extra={"run": run.id})
-            self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
+        except Exception as error:
+            # Whatever it is ends this run only: a worker without a model would serve nobody.
+            log.exception("run.crashed", extra={"run": run.id})
+            self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}".rstrip(": ")))
 
     def _attempt(self, run: Run, lease: Lease) -> None:
         claim = self.stores.edits.claim(run.id)
