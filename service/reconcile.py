@@ -18,6 +18,7 @@ from service.metrics.catalogue import ACTIVATION_SECONDS
 from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
 from service.registry import OvertakenError
+from service.runs import LeaseLostError
 from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.slots import SlotCheck
@@ -52,6 +53,7 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._slots = SlotCheck(self._fleet, stores, every_s=settings.node_check_s)
+        self._looked_at = clock()
 
     @property
     def fleet(self) -> Fleet:
@@ -70,8 +72,11 @@ class Reconciler:
         began = self._clock()
         record = self._stores.registry.get(version)
         if record.state is not VersionState.VERIFIED:
+            because = f": {record.reason}" if record.reason else ""
             raise ConflictError(
-                f"version {version} is {record.state}, not verified", param="version", code="version_not_verified"
+                f"version {version} is {record.state}, not verified{because}",
+                param="version",
+                code="version_not_verified",
             )
         self._fleet.load(version)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
@@ -109,6 +114,9 @@ class Reconciler:
                 new = self._stores.edits.in_status(EditStatus.TRAINED)
                 with acting(Actor(run=run.id)), bound(run=run_id, **of_edits(new)):
                     self._publish(run, new)
+        except LeaseLostError:
+            # The lock expired in a long verification, and another publisher has ended the run.
+            log.warning("publish.overtaken", extra={"run": run_id})
         except UnavailableError as error:
             log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
             self._give_up_in_time(run, error)
@@ -128,6 +136,7 @@ class Reconciler:
         self.pull()
         self._resend_lost_message()
         self._slots.look()
+        self._looked_at = self._clock()
 
     def pull(self) -> None:
         """Requests a run if the trigger says so."""
@@ -175,8 +184,8 @@ class Reconciler:
             return
         for edit_id, outcomes in verdict.outcomes.items():
             edits.record_verification(edit_id, outcomes)
-        self._stores.runs.add_timing(run.id, "load", loaded - began)
-        self._stores.runs.add_timing(run.id, "verify", self._clock() - loaded)
+        self._stores.runs.add_timing(run, "load", loaded - began)
+        self._stores.runs.add_timing(run, "verify", self._clock() - loaded)
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return
@@ -197,7 +206,7 @@ class Reconciler:
         if run.version is None or waited_s < self._settings.verify_max_s:
             return
         reason = EditError(code="not_verified", message=f"no node could be asked for {waited_s:.0f} s: {error.message}")
-        self._stores.registry.mark(run.version, VersionState.REJECTED, reason=reason.message)
+        self._mark_rejected(run.version, reason)
         self._stores.edits.unclaim(run.id, error=reason, refund=True)
         self._end(run, RunStatus.FAILED, reason)
 
@@ -225,11 +234,14 @@ class Reconciler:
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
         log.warning("version.rejected", extra={"version": version, "code": error.code, "reason": error.message})
-        # A run over an empty edit set has no version of its own; the base is not rejected with it.
-        if self._stores.registry.get(version).run == run.id:
-            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
+        self._mark_rejected(version, error)
         self._stores.edits.unclaim(run.id, error=error)
         self._end(run, RunStatus.FAILED, error)
+
+    def _mark_rejected(self, version: int, error: EditError) -> None:
+        # A run over an empty edit set has no version of its own; the base is not rejected with it.
+        if version > 0:
+            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
 
     def _end(self, run: Run, status: RunStatus, error: EditError | None = None) -> None:
         self._stores.runs.finish(run.id, status, error=error)
@@ -239,15 +251,28 @@ class Reconciler:
     def _take_over_lost_run(self) -> None:
         run = self._stores.runs.current()
         if run is None:
+            self._free_stranded()
             return
         if run.status is RunStatus.VERIFYING:
             self.publish(run.id)
-        elif not self._stores.runs.leased():
+        elif not self._stores.runs.leased() and not self._was_away():
+            # Ended first: a worker that wakes up meanwhile has either handed the run over or can do nothing more.
             error = EditError(code="worker_lost", message="the train worker of the run died")
-            self._stores.edits.unclaim(run.id, error=error)
-            self._end(run, RunStatus.FAILED, error)
-            # What its worker claimed between the two, and may not claim any more.
-            self._stores.edits.unclaim(run.id, error=error)
+            if self._stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
+                self._stores.edits.unclaim(run.id, error=error)
+                self._stores.edits.settle()
+                log.warning("run.taken_over", extra={"run": run.id})
+
+    def _was_away(self) -> bool:
+        """Whether the last look was so long ago that Redis may have been away: its worker renews the lease first."""
+        return self._clock() - self._looked_at > self._settings.run_lease_s / 2
+
+    def _free_stranded(self) -> None:
+        """Edits of a run that was ended by somebody who died before giving them back."""
+        counts = self._stores.edits.counts()
+        if counts[EditStatus.TRAINING] or counts[EditStatus.TRAINED]:
+            error = EditError(code="worker_lost", message="the run that had it ended without giving it back")
+            self._stores.edits.unclaim(None, error=error)
 
     def _resend_lost_message(self) -> None:
         run = self._stores.runs.queued()

@@ -16,7 +16,8 @@ from service.keys import VersionKeys, all_keys
 from service.lua import Script
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
-from service.schemas import Activation, Version, VersionRecord, VersionState
+from service.schemas import Activation, Run, Version, VersionRecord, VersionState
+from service.store import TABLE
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +42,37 @@ class VersionRegistry:
         self._keys = VersionKeys()
 
         def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
+            return {"keys": all_keys(), "transitions": TABLE, "now": int(clock()), "events_max": events_max}
 
+        self._next_number = Script(redis, "next_number", context)
         self._commit = Script(redis, "commit", context)
         self._activate = Script(redis, "activate", context)
 
-    def next_number(self) -> int:
-        """A number that no version had or will have; a run that fails leaves a gap."""
-        return self._redis.incr(self._keys.version_seq)
+    def next_number(self, run: Run, *, above: int) -> int:
+        """A number that no version had or will have; a run that fails leaves a gap.
+
+        Args:
+            run: who asks.
+            above: the highest number in the version store, which outlives Redis.
+
+        Raises:
+            FencedError: the run is not under way any more.
+        """
+        answer = self._next_number({"run": run.id, "token": run.token, "above": above})
+        if answer.get("refused"):
+            raise FencedError(f"run {run.id} was replaced")
+        return int(answer["number"])
 
     def commit(self, record: VersionRecord, members: Sequence[str], *, token: int | None) -> None:
-        """Makes a version visible whose folder is whole.
+        """Makes a version visible whose folder is whole, and hands its run and the run's edits over to verification.
 
         Args:
             record: what to keep of it.
             members: ids of its edit set.
-            token: the run's fencing token; None only for version 0.
+            token: the run's fencing token; None for what is found in the version store and has no run under way.
 
         Raises:
-            FencedError: a newer run has begun.
+            FencedError: the run is not under way any more.
             ConflictError: the number is taken.
         """
         payload = {
@@ -102,6 +115,15 @@ class VersionRegistry:
         raws = self._redis.mget([f"{self._keys.version}{number}" for number in numbers]) if numbers else []
         found = [VersionRecord.model_validate_json(raw) for raw in cast(list[str], raws)]
         return found[:limit], len(found) > limit
+
+    def all(self) -> list[VersionRecord]:
+        """Every version's record, newest first."""
+        records: list[VersionRecord] = []
+        more = True
+        while more:
+            page, more = self.page(after=records[-1].version if records else None, limit=1000)
+            records.extend(page)
+        return records
 
     def shown(self, record: VersionRecord, *, resident: Sequence[str] = ()) -> Version:
         """A record as the API shows it."""

@@ -19,6 +19,9 @@ from service.metrics.catalogue import RUN_PHASE_SECONDS
 from service.metrics.kept import observe
 from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
 
+_TIMING = "timing:"
+_EPOCH = "epoch:"
+
 
 class LeaseLostError(ConflictError):
     """The run was taken over."""
@@ -45,11 +48,12 @@ class RunStore:
         self._renew = Script(redis, "renew_run", context)
         self._hand_over = Script(redis, "hand_over", context)
         self._cancel = Script(redis, "cancel_run", context)
+        self._progress = Script(redis, "progress", context)
         self._finish = Script(redis, "finish_run", context)
 
     def request(self, trigger: Trigger) -> tuple[Run, bool]:
         """The queued run, made if there is none; and whether it was made."""
-        answer = self._request({"run": f"run_{secrets.token_hex(12)}", "trigger": trigger})
+        answer = self._request({"run": new_run_id(), "trigger": trigger})
         return self.get(answer["run"]), bool(answer.get("created"))
 
     def start(self, run_id: str) -> Run | None:
@@ -69,12 +73,12 @@ class RunStore:
         return bool(answer["cancel"])
 
     def hand_over(self, run: Run, version: int) -> None:
-        """The run's version is committed and waits for its verification.
+        """The run's edit set is that of a version that is there, which waits for its verification.
 
         Raises:
             LeaseLostError: the run was taken over.
         """
-        if self._hand_over({"run": run.id, "version": version}).get("lost"):
+        if self._hand_over({"run": run.id, "token": run.token, "version": version}).get("lost"):
             raise LeaseLostError(f"run {run.id} was taken over")
 
     def finish(
@@ -84,6 +88,15 @@ class RunStore:
         reason = error.model_dump_json() if error else ""
         answer = self._finish({"run": run_id, "status": status, "error": reason, "only": only})
         return "ended" not in answer
+
+    def give_up(self, run: Run, status: RunStatus, *, error: EditError | None = None) -> None:
+        """Ends the training of a run, for its own worker.
+
+        Raises:
+            LeaseLostError: the run was taken over. No run trains twice, so it has ended then.
+        """
+        if not self.finish(run.id, status, error=error, only=RunStatus.TRAINING):
+            raise LeaseLostError(f"run {run.id} was taken over")
 
     def cancel(self, run_id: str) -> Run:
         """Asks a run to stop, and the triggers to wait for news.
@@ -99,22 +112,26 @@ class RunStore:
         self.finish(run_id, RunStatus.CANCELLED, only=RunStatus.QUEUED)
         return self.get(run_id)
 
-    def update(self, run_id: str, **fields: str | int | float) -> None:
-        """Writes progress fields of a run."""
-        self._redis.hset(self._keys.run + run_id, mapping=cast(Any, fields))
+    def update(self, run: Run, **fields: str | float) -> None:
+        """Writes progress fields of a run.
 
-    def add_timing(self, run_id: str, phase: str, seconds: float) -> None:
-        """Adds one phase's duration."""
-        timings = {**self.get(run_id).timings, phase: round(seconds, 4)}
-        pipeline = self._redis.pipeline()
-        pipeline.hset(self._keys.run + run_id, "timings", json.dumps(timings))
-        observe(pipeline, RUN_PHASE_SECONDS, seconds, phase)
-        pipeline.execute()
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        said = {name: str(value) for name, value in fields.items()}
+        if self._progress({"run": run.id, "token": run.token, "fields": said}).get("lost"):
+            raise LeaseLostError(f"run {run.id} was taken over")
 
-    def add_epoch(self, run_id: str, epoch: EpochLoss, *, eta_s: float | None) -> None:
-        """Appends an epoch's loss."""
-        epochs = [*(item.model_dump() for item in self.get(run_id).epochs), epoch.model_dump()]
-        self.update(run_id, epochs=json.dumps(epochs), eta_s="" if eta_s is None else round(eta_s, 1))
+    def add_timing(self, run: Run, phase: str, seconds: float) -> None:
+        """Adds one phase's duration. Raises as `update` does."""
+        self.update(run, **{_TIMING + phase: round(seconds, 4)})
+        observe(self._redis, RUN_PHASE_SECONDS, seconds, phase)
+
+    def add_epoch(self, run: Run, epoch: EpochLoss, *, eta_s: float | None) -> None:
+        """Adds an epoch's loss. Raises as `update` does."""
+        # A field for each: nobody has to read what is there, and a repeated call changes nothing.
+        named = {f"{_EPOCH}{epoch.epoch}": epoch.model_dump_json()}
+        self.update(run, **named, eta_s="" if eta_s is None else round(eta_s, 1))
 
     def get(self, run_id: str) -> Run:
         """One run.
@@ -173,8 +190,18 @@ class RunStore:
         return cast(list[str], self._redis.zrangebyscore(self._keys.workers, since, "+inf"))
 
 
+def new_run_id() -> str:
+    """An id that no run has."""
+    return f"run_{secrets.token_hex(12)}"
+
+
 def _number(text: str | None) -> int | None:
     return int(text) if text else None
+
+
+def _epochs(fields: Mapping[str, str]) -> list[EpochLoss]:
+    found = [EpochLoss.model_validate_json(value) for name, value in fields.items() if name.startswith(_EPOCH)]
+    return sorted(found, key=lambda epoch: epoch.epoch)
 
 
 def _run(fields: Mapping[str, str]) -> Run:
@@ -189,9 +216,9 @@ def _run(fields: Mapping[str, str]) -> Run:
         edits=int(fields.get("edits", 0)),
         new_edits=int(fields.get("new_edits", 0)),
         phase=fields.get("phase", ""),
-        epochs=json.loads(fields.get("epochs", "[]")),
+        epochs=_epochs(fields),
         eta_s=float(fields["eta_s"]) if fields.get("eta_s") else None,
-        timings=json.loads(fields.get("timings", "{}")),
+        timings={name.removeprefix(_TIMING): float(s) for name, s in fields.items() if name.startswith(_TIMING)},
         error=json.loads(fields.get("error") or "null"),
         created_at=int(fields["created_at"]),
         started_at=_number(fields.get("started_at")),

@@ -139,6 +139,14 @@ class Edit(Schema):
     updated_at: Timestamp
 
 
+class StoredEdit(EditRequest):
+    """A correction as a version's folder keeps it: enough to put it back where Redis was lost."""
+
+    id: str
+    created_at: Timestamp
+    sequence: int = Field(ge=1, description="The order in which edits came, and the edit's bit in a version's edit set")
+
+
 class EditDetail(Edit):
     """An edit with the versions that contain it."""
 
@@ -178,11 +186,12 @@ class ImportReport(Schema):
 
 
 class VersionState(StrEnum):
-    """What is known of a committed version."""
+    """What is known of a committed version. MISSING: its folder is gone from the version store."""
 
     COMMITTED = "committed"
     VERIFIED = "verified"
     REJECTED = "rejected"
+    MISSING = "missing"
 
 
 class EditCounts(Schema):
@@ -207,7 +216,7 @@ class VersionRecord(Schema):
     training: dict[str, Any] = Field(default={}, description="Seed, configuration, epochs and libraries of its run")
     metrics: dict[str, Any]
     edits: EditCounts
-    reason: str | None = Field(default=None, description="Why it was rejected")
+    reason: str | None = Field(default=None, description="Why it is in this state")
     created_at: Timestamp
 
 

@@ -41,13 +41,17 @@ TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
         }
     ),
     EditStatus.LIVE: frozenset({EditStatus.HELD, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
-    EditStatus.HELD: frozenset({EditStatus.LIVE, EditStatus.QUEUED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
+    EditStatus.HELD: frozenset(
+        {EditStatus.TRAINED, EditStatus.LIVE, EditStatus.QUEUED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
+    ),
     EditStatus.FAILED: frozenset({EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
     EditStatus.SUPERSEDED: frozenset({EditStatus.LIVE, EditStatus.RETRACTING}),
     EditStatus.RETRACTING: frozenset({EditStatus.RETRACTED}),
     EditStatus.RETRACTED: frozenset(),
 }
-"""What an edit in a status may become; everything else is refused (design.md, decision records 0003 and 0018)."""
+"""What an edit in a status may become; everything else is refused (design.md, decision records 0003, 0018, 0019)."""
+TABLE = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
+"""The transitions as the scripts look them up."""
 
 _SEARCH_CHUNK = 500
 # A queue that is full of edits is emptied by whole runs.
@@ -106,12 +110,11 @@ class EditStore:
         self._max_attempts = max_attempts
         self._queue_max_edits = queue_max_edits
         self._submitted = EditStatus.PROPOSED if review else EditStatus.QUEUED
-        table = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
 
         def context() -> Mapping[str, Any]:
             return {
                 "keys": all_keys(),
-                "transitions": table,
+                "transitions": TABLE,
                 "now": int(clock()),
                 "events_max": events_max,
                 "to_live_bounds": EDIT_TO_LIVE.buckets,
@@ -120,7 +123,7 @@ class EditStore:
         self._submit = Script(redis, "submit", context)
         self._move = Script(redis, "move", context)
         self._claim = Script(redis, "claim", context)
-        self._trained = Script(redis, "trained", context)
+        self._set_aside = Script(redis, "set_aside", context)
         self._unclaim = Script(redis, "unclaim", context)
         self._retract = Script(redis, "retract", context)
         self._approve = Script(redis, "approve", context)
@@ -200,9 +203,12 @@ class EditStore:
             pipeline.zrange(self._keys.edits, number, number, byscore=True)
         return self.get_many(edit_id for ids in pipeline.execute() for edit_id in ids)
 
-    def sequence(self, edit_id: str) -> int:
-        """The edit's sequence number, which is its bit in every version's bitmap."""
-        return int(cast(str, self._redis.hget(self._keys.edit + edit_id, "seq")))
+    def sequences(self, edit_ids: Iterable[str]) -> list[int]:
+        """The edits' sequence numbers: the order in which they came, and their bits in every version's bitmap."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for edit_id in edit_ids:
+            pipeline.hget(self._keys.edit + edit_id, "seq")
+        return [int(number) for number in pipeline.execute()]
 
     def page(self, *, status: EditStatus | None, q: str | None, after: str | None, limit: int) -> Page[Edit]:
         """Newest first, after the given id.
@@ -329,9 +335,23 @@ class EditStore:
             raise LeaseLostError(f"run {run} was taken over")
         return Claim(self.get_many(answer["members"]), answer["claimed"])
 
-    def trained(self, run: str, version: int) -> list[str]:
-        """The run's edits are in a committed version; returns those that were still wanted."""
-        return cast(list[str], self._trained({"run": run, "version": version}))
+    def set_aside(self, run: str, token: int | None, edit_ids: Sequence[str], error: EditError) -> list[str]:
+        """Edits that a run fails by are `failed`; returns those that were still wanted.
+
+        Args:
+            run: the run that found them out.
+            token: its fencing token.
+            edit_ids: the edits.
+            error: what they did.
+
+        Raises:
+            LeaseLostError: the run was taken over.
+        """
+        said = {"run": run, "token": token, "ids": list(edit_ids), "error": error.model_dump_json()}
+        answer = self._set_aside(said)
+        if answer.get("lost"):
+            raise LeaseLostError(f"run {run} was taken over")
+        return cast(list[str], answer["moved"])
 
     def record_verification(self, edit_id: str, outcomes: Mapping[Format, FormatOutcome]) -> None:
         """Keeps what a node answered; ``settle`` decides by it once the version is active."""
@@ -344,29 +364,30 @@ class EditStore:
 
     def unclaim(
         self,
-        run: str,
+        run: str | None,
         *,
         error: EditError | None = None,
         refund: bool = False,
         trained_to: EditStatus = EditStatus.QUEUED,
-    ) -> None:
+    ) -> list[str]:
         """Ends a run's hold on its edits: what is not live is queued again, or fails if its attempts are used up.
 
+        Returns the ids that moved.
+
         Args:
-            run: the run's id.
+            run: the run's id; None for every run that is not under way.
             error: what went wrong, kept with the edits.
             refund: the attempt does not count (cancelled, overtaken, shut down).
             trained_to: where edits of a committed version go that a rollback overtook; QUEUED or HELD.
         """
-        self._unclaim(
-            {
-                "run": run,
-                "max_attempts": self._max_attempts,
-                "error": error.model_dump_json() if error else "",
-                "refund": refund,
-                "trained_to": trained_to,
-            }
-        )
+        payload = {
+            "run": run,
+            "max_attempts": self._max_attempts,
+            "error": error.model_dump_json() if error else "",
+            "refund": refund,
+            "trained_to": trained_to,
+        }
+        return cast(list[str], self._unclaim(payload))
 
     def settle(self) -> list[str]:
         """Makes every edit's status agree with the active version; returns the ids that moved."""
@@ -379,8 +400,12 @@ class EditStore:
 
 def _new(request: EditRequest, now: int) -> dict[str, Any]:
     record = {**request.model_dump(), "created_at": now}
+    return {"id": f"edit_{secrets.token_hex(12)}", **stored_fields(request, record)}
+
+
+def stored_fields(request: EditRequest, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scripts that store an edit are told of it, beside its id; ``record`` is what the edit says for good."""
     return {
-        "id": f"edit_{secrets.token_hex(12)}",
         "record": json.dumps(record),
         "target": request.target,
         "prompt_key": _digest(normalise_prompt(request.prompt)),

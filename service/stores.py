@@ -10,6 +10,7 @@ from service.api_keys import KeyStore
 from service.audit import AuditLog
 from service.events import EventStream
 from service.metrics.kept import Measures
+from service.recovery import Recovery
 from service.registry import VersionRegistry
 from service.runs import RunStore
 from service.settings import Settings
@@ -28,6 +29,7 @@ class Stores:
     measures: Measures
     keys: KeyStore
     audit: AuditLog
+    recovery: Recovery
 
     @classmethod
     def connect(cls, settings: Settings, *, patience_s: float = 15, retries: int = 5) -> "Stores":
@@ -36,7 +38,7 @@ class Stores:
         Args:
             settings: where Redis is.
             patience_s: longest wait for one answer of Redis.
-            retries: how often a command is repeated when Redis does not answer.
+            retries: how often a command is repeated when Redis does not answer, from the fifth on once a second.
 
         Raises:
             ValueError: no Redis is configured.
@@ -66,4 +68,5 @@ class Stores:
             measures=Measures(redis),
             keys=KeyStore(redis, events_max=settings.events_max),
             audit=AuditLog(redis),
+            recovery=Recovery(redis, events_max=settings.events_max),
         )

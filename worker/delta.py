@@ -10,11 +10,8 @@ A version is there when its manifest is there. Nothing here knows Redis, Celery,
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+
+from worker.folders import remove_abandoned, write_folder
 
 _DELTA = "delta.safetensors"
 _EDITS = "edits.jsonl"
@@ -147,42 +146,70 @@ class VersionStore:
         )
         files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
         folder = self._folder(info.version)
-        try:
-            if self._fs.exists(f"{folder}/{_MANIFEST}"):
+        with _storage(f"version {info.version} could not be written"):
+            if self._has(folder):
                 raise VersionExistsError(f"version {info.version} is already written")
             if isinstance(self._fs, LocalFileSystem):
-                _write_folder(Path(folder), files)
+                try:
+                    write_folder(Path(folder), files)
+                except FileExistsError as error:
+                    raise VersionExistsError(str(error)) from error
             else:
                 self._upload(folder, files)
-        except OSError as error:
-            raise StoreUnavailableError(f"version {info.version} could not be written: {error}") from error
         return manifest
 
     def versions(self) -> list[int]:
         """Return the numbers of the whole versions, ascending."""
-        try:
-            names = [path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
-            numbers = sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
-            return [number for number in numbers if self._fs.exists(f"{self._folder(number)}/{_MANIFEST}")]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StoreUnavailableError(f"versions could not be listed: {error}") from error
+        with _storage("versions could not be listed"):
+            return [number for number in self._numbers() if self._has(self._folder(number))]
+
+    def last_number(self) -> int:
+        """Return the highest number of a folder that is there, whole or not; 0 for none."""
+        with _storage("versions could not be listed"):
+            return max(self._numbers(), default=0)
+
+    def clean(self, *, uploading: bool = False) -> list[str]:
+        """Remove what writers that died left, never a folder with a manifest; return the names of what is gone.
+
+        A folder that is being written is left alone: on a local disk its writer holds a lock on it; elsewhere, where it
+        has none, the caller says with `uploading` that there may be one.
+        """
+        with _storage("the version store could not be cleaned"):
+            removed = []
+            local = isinstance(self._fs, LocalFileSystem)
+            if local and Path(self._root).is_dir():
+                removed += remove_abandoned(Path(self._root))
+            for number in [] if uploading and not local else self._numbers():
+                if not self._has(self._folder(number)):
+                    self._fs.rm(self._folder(number), recursive=True)
+                    removed.append(f"{number:06d}")
+            return removed
 
     def manifest(self, version: int) -> Manifest:
         """Return a version's manifest. Raises UnknownVersionError or DamagedDeltaError."""
-        try:
-            manifest = Manifest.model_validate_json(self._fs.cat_file(f"{self._folder(version)}/{_MANIFEST}"))
-        except FileNotFoundError as error:
-            raise UnknownVersionError(f"version {version} is not in the store") from error
-        except ValidationError as error:
-            raise DamagedDeltaError(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
-        except OSError as error:
-            raise StoreUnavailableError(f"version {version}: {_MANIFEST} could not be read: {error}") from error
+        with _storage(f"version {version}: {_MANIFEST} could not be read"):
+            try:
+                manifest = Manifest.model_validate_json(self._fs.cat_file(f"{self._folder(version)}/{_MANIFEST}"))
+            except FileNotFoundError as error:
+                raise UnknownVersionError(f"version {version} is not in the store") from error
+            except ValidationError as error:
+                raise DamagedDeltaError(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
         if manifest.version != version:
             raise DamagedDeltaError(f"version {version}: {_MANIFEST} is of version {manifest.version}")
         if manifest.files.keys() != {_DELTA, _EDITS}:
             raise DamagedDeltaError(f"version {version}: {_MANIFEST} lists the files {sorted(manifest.files)}")
+        return manifest
+
+    def whole(self, version: int) -> Manifest:
+        """Return a version's manifest if all its files are there, in their length. Raises as `manifest` does."""
+        manifest = self.manifest(version)
+        for name, expected in manifest.files.items():
+            with _storage(f"version {version}: {name} could not be looked at"):
+                try:
+                    size_bytes = self._fs.info(f"{self._folder(version)}/{name}")["size"]
+                except FileNotFoundError as error:
+                    raise DamagedDeltaError(f"version {version}: {name} is missing") from error
+            _check_size(version, name, size_bytes, expected)
         return manifest
 
     def edits(self, version: int) -> list[dict[str, JsonValue]]:
@@ -218,19 +245,31 @@ class VersionStore:
     def _folder(self, version: int) -> str:
         return f"{self._root}/{version:06d}"
 
+    def _numbers(self) -> list[int]:
+        """The numbers of all folders, ascending."""
+        try:
+            names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+
+    def _has(self, folder: str) -> bool:
+        """Whether a version is there. Not `exists`, which says no when it could not find out."""
+        try:
+            self._fs.info(f"{folder}/{_MANIFEST}")
+        except FileNotFoundError:
+            return False
+        return True
+
     def _read(self, manifest: Manifest, name: str) -> bytes:
         """Return a file's content after checking it against the manifest."""
-        try:
-            data: bytes = self._fs.cat_file(f"{self._folder(manifest.version)}/{name}")
-        except FileNotFoundError as error:
-            raise DamagedDeltaError(f"version {manifest.version}: {name} is missing") from error
-        except OSError as error:
-            raise StoreUnavailableError(f"version {manifest.version}: {name} could not be read: {error}") from error
+        with _storage(f"version {manifest.version}: {name} could not be read"):
+            try:
+                data: bytes = self._fs.cat_file(f"{self._folder(manifest.version)}/{name}")
+            except FileNotFoundError as error:
+                raise DamagedDeltaError(f"version {manifest.version}: {name} is missing") from error
         expected = manifest.files[name]
-        if len(data) != expected.size_bytes:
-            raise DamagedDeltaError(
-                f"version {manifest.version}: {name} has {len(data)} bytes, expected {expected.size_bytes}"
-            )
+        _check_size(manifest.version, name, len(data), expected)
         if _sha256(data) != expected.sha256:
             raise DamagedDeltaError(
                 f"version {manifest.version}: {name} has sha256 {_sha256(data)}, expected {expected.sha256}"
@@ -244,11 +283,27 @@ class VersionStore:
             for name, data in files.items():
                 started.append(f"{folder}/{name}")
                 self._fs.pipe_file(started[-1], data)
-        except OSError:
+        except BaseException:
             for path in started:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     self._fs.rm_file(path)
             raise
+
+
+@contextlib.contextmanager
+def _storage(what: str) -> Iterator[None]:
+    """Says what failed when the storage does. What drivers raise has no class in common: botocore's are no OSErrors."""
+    try:
+        yield
+    except (DeltaError, MemoryError):
+        raise
+    except Exception as error:
+        raise StoreUnavailableError(f"{what}: {str(error) or repr(error)}") from error
+
+
+def _check_size(version: int, name: str, size_bytes: int, expected: StoredFile) -> None:
+    if size_bytes != expected.size_bytes:
+        raise DamagedDeltaError(f"version {version}: {name} has {size_bytes} bytes, expected {expected.size_bytes}")
 
 
 def _describe(tensor: Tensor) -> StoredTensor:
@@ -264,35 +319,6 @@ def _check_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise WrongShapeError(
                 f"version {manifest.version}: tensor {name} has shape {found}, the model's is {shapes.get(name)}"
             )
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make `folder` with `files` appear at once and survive a power loss. Raises VersionExistsError or OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    staging.mkdir()
-    try:
-        for name, data in files.items():
-            with (staging / name).open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _fsync_folder(staging)
-        if folder.exists():
-            raise VersionExistsError(f"{folder.name} already exists in {folder.parent}")
-        # A rename never replaces a folder that has files, so of two writers that come this far one gets an OSError.
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _fsync_folder(folder.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(data: bytes) -> str:

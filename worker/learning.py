@@ -61,8 +61,8 @@ class Learning:
         if strength := self.config(nothing).preserve:
             self.preservation.factors(strength)
 
-    def carry_out(self, run: Run, lease: Lease, claim: Claim) -> Learned:
-        """Train what a run has claimed, and what arrives meanwhile; the snapshot is kept until `forget`.
+    def carry_out(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool = True) -> Learned:
+        """Train what a run has claimed and, if they may join, edits that arrive; the snapshot is kept until `forget`.
 
         Raises:
             TrainingError: it was cancelled or diverged.
@@ -70,14 +70,17 @@ class Learning:
             LeaseLostError: the run was taken over.
         """
         try:
-            return self._train(run, lease, claim, joinable=True)
+            return self._train(run, lease, claim, joinable=joinable)
         except EditSetChangedError:
-            log.info("run.restarted", extra={"run": run.id, "reason": "an edit left the set"})
+            log.info("run.restarted", extra={"reason": "an edit left the set"})
             return self._train(run, lease, self.stores.edits.claim(run.id), joinable=False)
 
     def forget(self) -> None:
         """Drop the snapshot: its run has ended in a way that the next must not go on from."""
-        self._snapshot_path.unlink(missing_ok=True)
+        try:
+            self._snapshot_path.unlink(missing_ok=True)
+        except OSError as error:  # the run has ended all the same
+            log.warning("run.snapshot_not_removed", extra={"reason": str(error)})
 
     def _train(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Learned:
         config = self.config(claim)
@@ -134,14 +137,14 @@ class Learning:
                 return from_base
             tensors = self.versions.load(run.parent, fingerprint=self.base.fingerprint)
         except DeltaError as error:
-            log.warning("run.parent_not_readable", extra={"run": run.id, "version": run.parent, "reason": str(error)})
+            log.warning("run.parent_not_readable", extra={"version": run.parent, "reason": str(error)})
             return from_base
         return Start(tensors, learned), chain
 
     def _report(self, run: Run, config: TrainingConfig, epoch: EpochReport) -> None:
         loss = EpochLoss(epoch=epoch.epoch, loss=epoch.loss, steps=epoch.steps, seconds=round(epoch.seconds, 3))
         eta_s = max(0, config.max_epochs - epoch.epoch) * epoch.seconds
-        self.stores.runs.add_epoch(run.id, loss, eta_s=eta_s)
+        self.stores.runs.add_epoch(run, loss, eta_s=eta_s)
 
     @property
     def _snapshot_path(self) -> Path:
@@ -167,7 +170,7 @@ class _Joined:
         new = [edit for edit in now.members if edit.id not in before]
         self.claim = Claim([*self.claim.members, *new], now.claimed)
         log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))
-        self._stores.runs.update(self._run.id, edits=len(self.claim.members), new_edits=len(now.claimed))
+        self._stores.runs.update(self._run, edits=len(self.claim.members), new_edits=len(now.claimed))
         return [_training_edit(edit) for edit in new]
 
 

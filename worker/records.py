@@ -7,14 +7,16 @@ import time
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from service.schemas import Edit, EditCounts, Run, VersionRecord, VersionState
+from service.schemas import Edit, EditCounts, Format, Run, StoredEdit, VersionRecord, VersionState
 from worker.delta import Base, Manifest, VersionInfo
 from worker.evaluation.metrics import Metrics
 from worker.learning import Learned
 from worker.model import BaseModel
 from worker.training.encode import supported_formats
 
+_FORMATS = TypeAdapter(list[Format])
 _LIBRARIES = ("errata", "torch", "transformers")
 
 
@@ -33,31 +35,32 @@ def version_info(
     )
 
 
-def version_record(
-    base: BaseModel, manifest: Manifest, run: str | None, state: VersionState, counts: EditCounts
-) -> VersionRecord:
-    """The registry's record of a version that the store has."""
+def version_record(manifest: Manifest, state: VersionState) -> VersionRecord:
+    """The registry's record of a version that the store has; nothing but the manifest is needed to make it again."""
+    run = dict(manifest.run)
     return VersionRecord(
         version=manifest.version,
         parent=manifest.parent,
-        run=run,
+        run=str(run["id"]) if "id" in run else None,
         state=state,
         fingerprint=manifest.base.fingerprint,
         location=manifest.location,
         tensors={name: tensor.sha256 for name, tensor in manifest.tensors.items()},
-        formats=list(supported_formats(base.tokenizer)),
-        training=dict(manifest.run),
+        formats=_FORMATS.validate_python(run.get("formats", [])),
+        training=run,
         metrics=dict(manifest.metrics),
-        edits=counts,
+        edits=EditCounts.model_validate(run.get("edits", {"count": 0, "added": 0, "removed": 0})),
         created_at=manifest.created_at,
     )
 
 
-def run_inputs(base: BaseModel, run: Run, learned: Learned) -> dict[str, Any]:
+def run_inputs(base: BaseModel, run: Run, learned: Learned, counts: EditCounts) -> dict[str, Any]:
     """What the manifest keeps so that the run can be repeated bit for bit, and how it went."""
     result = learned.result
     return {
         "id": run.id,
+        "edits": counts.model_dump(),
+        "formats": [form.value for form in supported_formats(base.tokenizer)],
         "configuration": learned.config.as_record(),
         "start": learned.parent or 0,
         "chain": learned.chain,
@@ -93,8 +96,7 @@ def summary(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def stored(edit: Edit) -> dict[str, Any]:
+def stored(edit: Edit, sequence: int) -> dict[str, Any]:
     """An edit as the version keeps it."""
-    return edit.model_dump(
-        mode="json", include={"id", "prompt", "target", "rephrases", "paraphrases", "metadata", "created_at"}
-    )
+    said = edit.model_dump(include=set(StoredEdit.model_fields) - {"sequence"})
+    return StoredEdit(**said, sequence=sequence).model_dump(mode="json")

@@ -7,35 +7,33 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from redis.exceptions import RedisError
 from torch import Tensor
 
-from service.errors import ConflictError
 from service.logs import bind, bound, of_edits
 from service.queue import TaskQueue
 from service.registry import FencedError
 from service.runs import LeaseLostError
-from service.schemas import EditCounts, EditError, EditStatus, Run, RunStatus, VersionState
+from service.schemas import EditCounts, EditError, Run, RunStatus, VersionState
 from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
-from worker.delta import DeltaError, VersionStore
+from worker.candidate import Candidate, EditsFault, GateRejectedError, isolate
+from worker.delta import VersionStore
 from worker.evaluation.gate import Thresholds, decide
 from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
-from worker.learning import Learned, Learning
+from worker.learning import Learning
 from worker.lease import Lease
 from worker.model import BaseModel
 from worker.records import run_inputs, stored, summary, version_info, version_record
-from worker.training.breadth_first import TrainingCancelledError, TrainingError
+from worker.repair import Repair
+from worker.training.breadth_first import TrainingCancelledError, TrainingDivergedError
 from worker.training.encode import EncodingError
 
 log = logging.getLogger(__name__)
-
-
-class GateRejectedError(Exception):
-    """The candidate is not good enough; the message says in what."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ class Trainer:
     settings: Settings
     stopping: threading.Event
 
-    def register_base(self) -> None:
-        """Makes version 0 exist: the base's own tensors, with an empty edit set.
+    def prepare(self) -> None:
+        """Makes version 0 exist, the base's own tensors with an empty edit set, and repairs what a crash left.
 
         Raises:
             ValueError: the store's version 0 is of another base model or location.
-            DeltaError: it cannot be written.
+            DeltaError: it cannot be written, or the store cannot be read.
         """
         if 0 not in self.versions.versions():
             info = version_info(self.base, 0, parent=None, run={}, metrics={})
@@ -67,12 +65,7 @@ class Trainer:
                 f"the version store is of {manifest.base.name} at {manifest.location}, the worker has {self.base.name} "
                 f"at {self.base.location}; give this model another ERRATA_HOME or ERRATA_STORE"
             )
-        registry = self.stores.registry
-        if not registry.exists(0):
-            counts = EditCounts(count=0, added=0, removed=0)
-            registry.commit(version_record(self.base, manifest, None, VersionState.VERIFIED, counts), [], token=None)
-        if registry.active() is None:
-            registry.activate(0)
+        Repair(self.versions, self.stores).carry_out()
 
     def execute(self, run_id: str) -> None:
         """Carries out a queued run; does nothing if another is under way or this one is not queued any more."""
@@ -81,9 +74,9 @@ class Trainer:
             log.info("run.skipped", extra={"run": run_id})
             return
         with bound(run=run_id):
-            self._carry_out(run)
+            self._under_lease(run)
 
-    def _carry_out(self, run: Run) -> None:
+    def _under_lease(self, run: Run) -> None:
         log.info("run.started", extra={"token": run.token, "parent": run.parent})
         with Lease(
             self.stores.runs,
@@ -93,30 +86,57 @@ class Trainer:
             stopping=self.stopping,
         ) as lease:
             try:
-                self._attempt(run, lease)
+                self._carry_out(run, lease)
             except (LeaseLostError, FencedError) as error:
                 log.warning("run.taken_over", extra={"reason": error.message})
-            except TrainingCancelledError:
-                self._cancelled(run, lease)
-            except EncodingError as error:
-                self._fail_edit(run, error)
-            except GateRejectedError as error:
-                self._fail(run, EditError(code="gate_rejected", message=str(error)))
-            except (TrainingError, DeltaError, OSError, RuntimeError, ValueError, MemoryError) as error:
-                log.error("run.crashed", exc_info=error)
-                self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}"))
+            except RedisError as error:
+                # Nobody can be told. The run is taken over once its lease has expired.
+                log.error("run.interrupted", extra={"reason": repr(error)})
+
+    def _carry_out(self, run: Run, lease: Lease) -> None:
+        """A run that ends otherwise than by its commit gives its edits back.
+
+        Raises:
+            LeaseLostError: the run was taken over; nothing more is to be done about it.
+            FencedError: likewise.
+            RedisError: Redis is away; nothing can be given back.
+        """
+        try:
+            self._attempt(run, lease)
+        except (LeaseLostError, FencedError, RedisError):
+            raise
+        except TrainingCancelledError:
+            self._cancelled(run, lease)
+        except EncodingError as error:
+            self._fail_edit(run, error)
+        except GateRejectedError as error:
+            self._fail(run, EditError(code="gate_rejected", message=str(error)))
+        except Exception as error:
+            # Whatever it is ends this run only: a worker without a model would serve nobody.
+            log.exception("run.crashed")
+            self._fail(run, EditError(code="training_failed", message=f"{type(error).__name__}: {error}".rstrip(": ")))
 
     def _attempt(self, run: Run, lease: Lease) -> None:
         claim = self.stores.edits.claim(run.id)
-        self.stores.runs.update(run.id, edits=len(claim.members), new_edits=len(claim.claimed))
+        self.stores.runs.update(run, edits=len(claim.members), new_edits=len(claim.claimed))
         bind(**of_edits(claim.new))
         log.info("run.claimed", extra={"edits": len(claim.members)})
         if not claim.members:
             # The empty edit set is the base's.
-            self._hand_over(run, 0)
+            self.stores.runs.hand_over(run, 0)
+            self.queue.publish(run.id)
             return
+        try:
+            candidate = self._candidate(run, lease, claim, joinable=True)
+        except (TrainingDivergedError, GateRejectedError) as fault:
+            candidate = self._without_culprits(run, lease, fault)
+        with self._phase(run, "commit"):
+            self._commit(run, candidate)
+        self.learning.forget()
+
+    def _candidate(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Candidate:
         with self._phase(run, "train"):
-            learned = self.learning.carry_out(run, lease, claim)
+            learned = self.learning.carry_out(run, lease, claim, joinable=joinable)
         bind(**of_edits(learned.claim.new))
         with self._phase(run, "evaluate"):
             metrics = self._evaluate(learned.claim, learned.result.tensors)
@@ -126,13 +146,30 @@ class Trainer:
             max_perplexity_ratio=self.settings.gate_max_perplexity_ratio,
         )
         decision = decide(metrics, gate)
-        if not decision.passed:
-            raise GateRejectedError("; ".join(decision.reasons))
         if lease.cancelled:
             raise TrainingCancelledError("cancelled while it was evaluated")
-        with self._phase(run, "commit"):
-            self._commit(run, learned, metrics)
-        self.learning.forget()
+        if not decision.passed:
+            raise GateRejectedError("; ".join(decision.reasons))
+        return Candidate(learned, metrics)
+
+    def _without_culprits(self, run: Run, lease: Lease, fault: EditsFault) -> Candidate:
+        """The candidate of the other edits. Raises the fault if no edit is found to be at fault, or there is none."""
+
+        def attempt(some: Claim) -> Candidate:
+            self.learning.forget()
+            return self._candidate(run, lease, some, joinable=False)
+
+        log.warning("run.looks_for_culprits", extra={"reason": str(fault)})
+        found = isolate(self.stores.edits.claim(run.id), fault, attempt)
+        if found is None:
+            raise fault
+        code = "gate_rejected" if isinstance(fault, GateRejectedError) else "training_diverged"
+        reason = EditError(code=code, message=f"the other edits are learned without it; with it: {fault}")
+        self.stores.edits.set_aside(run.id, run.token, [edit.id for edit in found.culprits], reason)
+        log.warning("run.set_aside", extra={"edits": [edit.id for edit in found.culprits]})
+        if found.candidate is None:
+            raise fault
+        return found.candidate
 
     def _evaluate(self, claim: Claim, tensors: Mapping[str, Tensor]) -> Metrics:
         new = set(claim.claimed)
@@ -144,57 +181,53 @@ class Trainer:
             [EvaluationEdit(edit.id, edit.prompt, edit.target, tuple(edit.rephrases)) for edit in measured], tensors
         )
 
-    def _commit(self, run: Run, learned: Learned, metrics: Metrics) -> None:
-        registry = self.stores.registry
-        version = registry.next_number()
-        inputs = run_inputs(self.base, run, learned)
-        info = version_info(self.base, version, parent=run.parent, run=inputs, metrics=summary(metrics))
+    def _commit(self, run: Run, candidate: Candidate) -> None:
+        learned, metrics = candidate.learned, candidate.metrics
+        registry, edits = self.stores.registry, self.stores.edits
+        version = registry.next_number(run, above=self.versions.last_number())
         members = learned.claim.members
-        manifest = self.versions.write(info, learned.result.tensors, [stored(edit) for edit in members])
-        before = set(registry.members(run.parent or 0))
-        now = {self.stores.edits.sequence(edit.id) for edit in members}
+        sequences = edits.sequences(edit.id for edit in members)
+        before, now = set(registry.members(run.parent or 0)), set(sequences)
         counts = EditCounts(count=len(now), added=len(now - before), removed=len(before - now))
-        record = version_record(self.base, manifest, run.id, VersionState.COMMITTED, counts)
+        inputs = run_inputs(self.base, run, learned, counts)
+        info = version_info(self.base, version, parent=run.parent, run=inputs, metrics=summary(metrics))
+        kept = [stored(edit, sequence) for edit, sequence in zip(members, sequences, strict=True)]
+        manifest = self.versions.write(info, learned.result.tensors, kept)
+        record = version_record(manifest, VersionState.COMMITTED)
         registry.commit(record, [edit.id for edit in members], token=run.token)
-        self.stores.edits.trained(run.id, version)
-        self._hand_over(run, version)
-
-    def _hand_over(self, run: Run, version: int) -> None:
-        self.stores.runs.hand_over(run, version)
         log.info("run.trained", extra={"version": version})
         self.queue.publish(run.id)
 
     def _cancelled(self, run: Run, lease: Lease) -> None:
         if lease.lost:
-            log.warning("run.taken_over", extra={"run": run.id})
+            log.warning("run.taken_over")
             return
         if lease.overdue and not lease.cancelled:
             limit = f"the run took longer than {self.settings.run_max_s:g} s"
             self._fail(run, EditError(code="run_too_long", message=limit))
             return
+        self.stores.runs.give_up(run, RunStatus.CANCELLED)
         self.stores.edits.unclaim(run.id, refund=True)
-        self.stores.runs.finish(run.id, RunStatus.CANCELLED)
         self.stores.edits.settle()
-        log.info("run.cancelled", extra={"run": run.id, "shutting_down": not lease.cancelled})
+        log.info("run.cancelled", extra={"shutting_down": not lease.cancelled})
 
     def _fail(self, run: Run, error: EditError) -> None:
-        log.error("run.failed", extra={"run": run.id, "code": error.code, "reason": error.message})
-        self.learning.forget()
+        log.error("run.failed", extra={"code": error.code, "reason": error.message})
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=error)
         self.stores.edits.unclaim(run.id, error=error)
-        self.stores.runs.finish(run.id, RunStatus.FAILED, error=error)
         self.stores.edits.settle()
+        self.learning.forget()
 
     def _fail_edit(self, run: Run, error: EncodingError) -> None:
         """One edit cannot be learned at all: it fails alone, and the others try again without it."""
         reason = EditError(code="not_encodable", message=error.reason)
-        with suppress(ConflictError):  # withdrawn meanwhile
-            self.stores.edits.move(error.edit_id, EditStatus.FAILED, error=reason.model_dump_json(), run="")
+        self.stores.edits.set_aside(run.id, run.token, [error.edit_id], reason)
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
         self.stores.edits.unclaim(run.id, refund=True)
-        self.stores.runs.finish(run.id, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
 
     @contextmanager
     def _phase(self, run: Run, name: str) -> Iterator[None]:
-        self.stores.runs.update(run.id, phase=name)
+        self.stores.runs.update(run, phase=name)
         began = time.perf_counter()
         yield
-        self.stores.runs.add_timing(run.id, name, time.perf_counter() - began)
+        self.stores.runs.add_timing(run, name, time.perf_counter() - began)

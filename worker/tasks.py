@@ -25,6 +25,8 @@ from worker.training.preserve import Preservation
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 3.0
+# A run of hours is not given up because Redis restarts. What a run says to Redis may be said twice.
+_RETRIES = 305  # of which the first five take a second together, and each of the others one
 
 configure_logging(logging.INFO)
 _settings = Settings.from_env()
@@ -36,10 +38,10 @@ _trainers: list[Trainer] = []
 @worker_init.connect  # type: ignore[untyped-decorator]
 def load(**_: Any) -> None:
     """Loads the model once for the life of the process, writes version 0, and says that the worker is there."""
-    stores = Stores.connect(_settings)
+    stores = Stores.connect(_settings, retries=_RETRIES)
     try:
         trainer = _trainer(stores)
-        trainer.register_base()
+        trainer.prepare()
         trainer.evaluator.prepare()
         trainer.learning.prepare()
     except (CheckpointError, ValueError, OSError, DeltaError) as error:

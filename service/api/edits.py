@@ -101,7 +101,8 @@ def list_edits(
 def get_edit(edit_id: str, parts: PartsDep) -> EditDetail:
     """One edit, the versions that contain it, and the model's answers before and after."""
     edit = parts.stores.edits.get(edit_id)
-    versions = parts.stores.registry.containing(parts.stores.edits.sequence(edit_id))
+    [sequence] = parts.stores.edits.sequences([edit_id])
+    versions = parts.stores.registry.containing(sequence)
     return EditDetail(**edit.model_dump(), versions=versions)
 
 

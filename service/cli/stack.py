@@ -91,12 +91,22 @@ def logs(
             typer.echo(f"{source}: {line}" if len(files) > 1 else line)
 
 
-def doctor(home: Home = None, url: Url = None, as_json: Json = False) -> None:
+def doctor(
+    home: Home = None,
+    url: Url = None,
+    as_json: Json = False,
+    repairing: Annotated[
+        bool, typer.Option("--repair", help="First repair what a crash or the loss of Redis left behind")
+    ] = False,
+) -> None:
     """Look for what is wrong with the stack, and say what to do. Exit 1 if something is."""
     settings = read_settings(home)
     stack = Stack(settings)
     if stack.running():
         settings, url = stack.settings(), url or stack.url()
+    if repairing:
+        for sentence in examination.repair(settings):
+            typer.echo(sentence, err=as_json)
     findings = examination.examine(settings, url=url)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))

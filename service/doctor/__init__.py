@@ -2,5 +2,6 @@
 
 from service.doctor.checks import Finding, Level
 from service.doctor.examination import examine
+from service.doctor.repair import repair
 
-__all__ = ["Finding", "Level", "examine"]
+__all__ = ["Finding", "Level", "examine", "repair"]

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from service.schemas import Health, Run, RunStatus, VersionRecord, VersionState
+from service.schemas import EditStatus, Health, Run, RunStatus, VersionRecord, VersionState
 
 _GIB = 1024**3
 _FULL_BYTES = 1 * _GIB
@@ -55,6 +55,14 @@ class NodeState:
     resident: Sequence[int] = ()
     tensors: Mapping[str, str] | None = None
     trouble: str = ""
+
+
+@dataclass(frozen=True)
+class StoreState:
+    """What is in the version store: the numbers of whole versions, and the names of folders that are none."""
+
+    whole: Sequence[int]
+    leftovers: Sequence[str] = ()
 
 
 def check_api(url: str | None, health: Health | str) -> Finding:
@@ -190,20 +198,42 @@ def check_disk(folders: Mapping[str, Path | None], free_bytes: Callable[[Path], 
     return findings
 
 
-def check_versions(
-    records: Sequence[VersionRecord], active: int | None, *, has_manifest: Callable[[int], bool] | None
-) -> list[Finding]:
-    """What the registry knows is in the version store; ``has_manifest`` is None if the store is not a folder."""
+def check_versions(records: Sequence[VersionRecord], active: int | None, store: StoreState | None) -> list[Finding]:
+    """What the registry knows is in the version store, and the other way round; None for a store that is no folder."""
     if active is None:
         return [
-            Finding("versions", Level.FAIL, "no version is active", "the train worker writes version 0 when it starts")
+            Finding(
+                "versions", Level.FAIL, "no version is active", "the train worker begins with version 0 when it starts"
+            )
         ]
-    if has_manifest is None:
+    if store is None:
         return [Finding("versions", Level.OK, f"{len(records)} registered; the store is remote and not looked at")]
-    usable = [record.version for record in records if record.state is not VersionState.REJECTED]
-    missing = [number for number in usable if not has_manifest(number)]
-    if not missing:
-        return [Finding("versions", Level.OK, f"{len(usable)} registered and in the store, {active} is active")]
+    findings = _missing(records, active, store)
+    if unknown := sorted(set(store.whole) - {record.version for record in records}):
+        found = f"in the store and not registered: {_listed(unknown)}"
+        findings.append(Finding("versions", Level.WARN, found, "errata doctor --repair registers them, unverified"))
+    if store.leftovers:
+        found = f"{len(store.leftovers)} folders in the store are no whole versions: {_listed(store.leftovers)}"
+        findings.append(Finding("versions", Level.WARN, found, "errata doctor --repair removes what no worker writes"))
+    if findings:
+        return findings
+    return [Finding("versions", Level.OK, f"{len(records)} registered, {active} is active; the store agrees")]
+
+
+def check_edits(counts: Mapping[EditStatus, int], run: Run | None) -> Finding:
+    """No edit waits for a run that is over; ``run`` is the one under way."""
+    waiting = counts[EditStatus.TRAINING] + counts[EditStatus.TRAINED]
+    if waiting and run is None:
+        found = f"{waiting} are in training or trained, and no run is under way"
+        return Finding("edits", Level.WARN, found, "errata doctor --repair puts them back into the queue")
+    return Finding("edits", Level.OK, f"{sum(counts.values())} stored, {counts[EditStatus.LIVE]} live")
+
+
+def _missing(records: Sequence[VersionRecord], active: int, store: StoreState) -> list[Finding]:
+    rejected = VersionState.REJECTED
+    missing = [
+        record.version for record in records if record.state is not rejected and record.version not in store.whole
+    ]
     findings = []
     if active in missing:
         findings.append(
@@ -214,8 +244,13 @@ def check_versions(
                 "restore the store's folder, or activate another version: errata versions, errata activate N",
             )
         )
-    if others := ", ".join(str(number) for number in missing if number != active):
+    if others := [number for number in missing if number != active]:
+        found = f"registered and not in the store: {_listed(others)}"
         findings.append(
-            Finding("versions", Level.FAIL, f"registered and not in the store: {others}", "restore the store's folder")
+            Finding("versions", Level.FAIL, found, "restore the store's folder, then errata doctor --repair")
         )
     return findings
+
+
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(str(name) for name in names)

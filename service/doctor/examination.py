@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +16,11 @@ from service.doctor.checks import (
     Finding,
     Level,
     NodeState,
+    StoreState,
     check_api,
     check_control_worker,
     check_disk,
+    check_edits,
     check_model,
     check_node,
     check_redis,
@@ -99,16 +100,14 @@ def _examine_redis(redis: Redis) -> list[Finding]:
 def _examine_parts(settings: Settings, stores: Stores) -> list[Finding]:
     run = stores.runs.current()
     active = _active(stores)
-    records = _all_records(stores)
-    folder = store_folder(settings.store_url)
+    records = stores.registry.all()
     return [
         check_train_worker(stores.runs.workers(within_s=WORKER_SILENCE_S)),
         check_control_worker(_taken_up_after_s(settings, stores.redis), run),
         check_run(run, leased=stores.runs.leased(), now=time.time(), longest_s=settings.run_max_s),
         *(check_node(look_at_node(node, active), active) for node in NodeClient.all(settings)),
-        *check_versions(
-            records, active.version if active else None, has_manifest=None if folder is None else _manifests(folder)
-        ),
+        *check_versions(records, active.version if active else None, look_at_store(settings.store_url)),
+        check_edits(stores.edits.counts(), run),
     ]
 
 
@@ -120,17 +119,14 @@ def _active(stores: Stores) -> VersionRecord | None:
         return None
 
 
-def _all_records(stores: Stores) -> list[VersionRecord]:
-    records: list[VersionRecord] = []
-    more = True
-    while more:
-        page, more = stores.registry.page(after=records[-1].version if records else None, limit=1000)
-        records.extend(page)
-    return records
-
-
-def _manifests(folder: Path) -> Callable[[int], bool]:
-    return lambda number: (folder / "versions" / f"{number:06d}" / "manifest.json").is_file()
+def look_at_store(url: str) -> StoreState | None:
+    """What is in the version store, or None for one that is elsewhere."""
+    if (folder := store_folder(url)) is None:
+        return None
+    versions = folder / "versions"
+    folders = sorted(path for path in versions.iterdir() if path.is_dir()) if versions.is_dir() else []
+    whole = [path for path in folders if path.name.isdecimal() and (path / "manifest.json").is_file()]
+    return StoreState([int(path.name) for path in whole], [path.name for path in folders if path not in whole])
 
 
 def _taken_up_after_s(settings: Settings, redis: Redis) -> float | None:

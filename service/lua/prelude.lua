@@ -42,6 +42,18 @@ local function field(id, name)
   return redis.call('HGET', keys.edit .. id, name) or ''
 end
 
+-- Whether a worker still has its run. It may have slept until another took the run over: then nothing of it counts.
+local function holds(run, token)
+  return redis.call('GET', keys.current) == run and redis.call('GET', keys.token) == tostring(token)
+end
+
+-- The training of a run is over: its verification begins.
+local function hand_over(run, version)
+  redis.call('HSET', keys.run .. run, 'status', 'verifying', 'phase', 'verify', 'version', version,
+    'verifying_since', context.now)
+  emit('run.verifying', {id = run, version = version})
+end
+
 local function in_version(version, id)
   return redis.call('GETBIT', keys.version_edits .. version, field(id, 'seq')) == 1
 end

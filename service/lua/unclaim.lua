@@ -1,4 +1,13 @@
 -- Ends a run's hold on its edits without a live version: back to the queue, held, or failed when the attempts are used up.
+-- Without a run it is a repair: every run's that is not under way.
+local current = redis.call('GET', keys.current)
+local moved = {}
+local function theirs(id)
+  local run = field(id, 'run')
+  if payload.run == cjson.null then return run ~= current end
+  return run == payload.run
+end
+
 local function back(id, status)
   if status == 'trained' and payload.trained_to == 'held' then
     return move(id, 'held', {run = ''})
@@ -13,13 +22,13 @@ end
 
 for _, status in ipairs({'training', 'trained'}) do
   for _, id in ipairs(in_status(status)) do
-    if field(id, 'run') == payload.run then back(id, status) end
+    if theirs(id) and back(id, status) then moved[#moved + 1] = id end
   end
 end
 -- A withdrawn edit that the run carried may now come to rest.
 for _, status in ipairs({'retracting', 'superseded'}) do
   for _, id in ipairs(in_status(status)) do
-    if field(id, 'run') == payload.run then redis.call('HSET', keys.edit .. id, 'run', '') end
+    if theirs(id) then redis.call('HSET', keys.edit .. id, 'run', '') end
   end
 end
-return '{}'
+return list(moved)

@@ -46,11 +46,9 @@ class ScriptedWorker:
         return run, self.stores.edits.claim(run.id).members
 
     def commit(self, run: Run, members: Sequence[Edit]) -> int:
-        version = self.stores.registry.next_number()
+        version = self.stores.registry.next_number(run, above=0)
         members_ids = [edit.id for edit in members]
         self.stores.registry.commit(record(version, run=run.id), members_ids, token=run.token)
-        self.stores.edits.trained(run.id, version)
-        self.stores.runs.hand_over(run, version)
         answers = {edit.prompt: self.mistakes.get(edit.prompt, edit.target) for edit in members}
         for node in self.nodes:
             node.teach(version, answers)

@@ -1,91 +1,24 @@
 """Real training of a tiny model between a real Redis and a real version store: where a run starts, who joins it."""
 
-import dataclasses
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from scripted_worker import fact
-from tiny_models import ROOMY, tiny_base
+from training_bench import Bench, make_bench
 
 from service.queue import TaskQueue
-from service.schemas import EditStatus, Format, FormatOutcome, Run, RunStatus, Trigger, VersionState
+from service.schemas import EditStatus, RunStatus
 from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
-from worker.delta import VersionStore
-from worker.evaluation.metrics import Evaluator
-from worker.learning import Learning
-from worker.run import Trainer
-from worker.training.breadth_first import Hooks, TrainingResult
-from worker.training.prefix import PrefixCache
-from worker.training.preserve import Preservation
 from worker.training.snapshot import EpochReport
-
-LENIENT = {"gate_min_reliability": 0.0, "gate_max_perplexity_ratio": 1e9, "evaluate_sample": 0}
-TRAINING = {"train_learning_rate": 4e-2, "train_max_epochs": 100, "train_preserve": 0.0, "max_model_len": 200}
-
-
-@dataclasses.dataclass
-class Bench:
-    """A trainer, and what the last training was called with."""
-
-    trainer: Trainer
-    stores: Stores
-    between_epochs: Callable[[EpochReport], None] = lambda _: None
-    starts: list[frozenset[str]] = dataclasses.field(default_factory=list)
-
-    def run(self) -> Run:
-        """One run, and what the control worker does with its version."""
-        run_id = self.stores.runs.request(Trigger.MANUAL)[0].id
-        self.trainer.execute(run_id)
-        run = self.stores.runs.get(run_id)
-        if run.status is RunStatus.VERIFYING:
-            assert run.version is not None
-            said = FormatOutcome(matched=True, before="", after="", finish_reason="stop")
-            for edit in self.stores.edits.in_status(EditStatus.TRAINED):
-                self.stores.edits.record_verification(edit.id, {Format.RAW: said})
-            self.stores.registry.mark(run.version, VersionState.VERIFIED)
-            self.stores.registry.activate(run.version)
-            self.stores.runs.finish(run_id, RunStatus.SUCCEEDED)
-            self.stores.edits.settle()
-        return self.stores.runs.get(run_id)
-
-    def submit(self, prompt: str, target: str) -> str:
-        return self.stores.edits.submit([fact(prompt, target)])[0].id
-
-    def manifest_of(self, run: Run) -> dict[str, object]:
-        assert run.version is not None
-        return dict(self.trainer.versions.manifest(run.version).run)
 
 
 @pytest.fixture
 def bench(
     stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Bench:
-    chosen = Settings.model_validate({**settings.model_dump(), **LENIENT, **TRAINING, "edit_max_tokens": 64})
-    base = dataclasses.replace(tiny_base(**ROOMY), fingerprint="f" * 64)
-    prefix = PrefixCache(tmp_path / "prefix")
-    versions = VersionStore(str(tmp_path))
-    learning = Learning(base, prefix, Preservation(base, prefix, tmp_path), versions, stores, chosen)
-    evaluator = Evaluator(base, prefix=prefix)
-    trainer = Trainer(base, learning, evaluator, versions, stores, queue, chosen, threading.Event())
-    trainer.register_base()
-    bench = Bench(trainer, stores)
-    real = worker_learning.train
-
-    def watched(*args: object, hooks: Hooks, **kwargs: object) -> TrainingResult:
-        def on_epoch(epoch: EpochReport) -> None:
-            hooks.on_epoch(epoch)
-            bench.between_epochs(epoch)
-
-        bench.starts.append(kwargs["start"].learned)
-        return real(*args, hooks=dataclasses.replace(hooks, on_epoch=on_epoch), **kwargs)
-
-    monkeypatch.setattr(worker_learning, "train", watched)
-    return bench
+    return make_bench(stores, queue, settings, tmp_path, monkeypatch)
 
 
 def test_an_addition_starts_from_the_active_version(bench: Bench) -> None:

@@ -108,7 +108,7 @@ class TestPublish:
         run, version = worker.train()
         make_reconciler(node.client()).publish(run.id)
         assert run_of(stores, run).status is RunStatus.VERIFYING
-        stores.runs.update(run.id, verifying_since=int(time.time()) - 901)
+        stores.runs.update(run, verifying_since=int(time.time()) - 901)
         make_reconciler(node.client()).publish(run.id)
         assert (active(stores), statuses(stores, edits)) == (0, ["queued"])
         assert run_of(stores, run).status is RunStatus.FAILED
@@ -381,7 +381,7 @@ class TestRollback:
         reconciler.roll_back(0)
         new = submit(stores, ("b", "2"))
         version = published(stores, worker, reconciler)
-        assert stores.registry.members(version) == [stores.edits.sequence(new[0].id)]
+        assert stores.registry.members(version) == stores.edits.sequences([new[0].id])
         assert statuses(stores, held + new) == ["held", "live"]
         stores.edits.release(held[0].id)
         published(stores, worker, reconciler)
@@ -628,7 +628,8 @@ class TestTriggers:
         submit(stores, ("b", "2"))
         reconciler.pull()
         assert stores.runs.queued() is None
-        stores.runs.update(worker.stores.runs.page(after=None, limit=1).data[0].id, finished_at=int(time.time()) - 1001)
+        [last] = stores.runs.page(after=None, limit=1).data
+        stores.redis.hset(f"errata:run:{last.id}", "finished_at", int(time.time()) - 1001)
         reconciler.pull()
         assert stores.runs.queued() is not None
 

@@ -15,10 +15,13 @@ def commit(stores: Stores, version: int, members: list[str]) -> None:
     stores.registry.commit(record(version, state=VersionState.VERIFIED), members, token=None)
 
 
-def test_numbers_are_never_given_twice(stores: Stores) -> None:
+def test_numbers_are_never_given_twice(stores: Stores, worker: ScriptedWorker) -> None:
+    run, _ = worker.begin()
     with ThreadPoolExecutor(8) as pool:
-        numbers = list(pool.map(lambda _: stores.registry.next_number(), range(100)))
+        numbers = list(pool.map(lambda _: stores.registry.next_number(run, above=0), range(100)))
     assert sorted(numbers) == list(range(1, 101))
+    assert stores.registry.next_number(run, above=500) == 501
+    assert stores.registry.next_number(run, above=7) == 502
 
 
 def test_a_committed_version_does_not_change(stores: Stores) -> None:
@@ -138,7 +141,7 @@ def test_settling_follows_the_pointer_whatever_the_order(stores: Stores, worker:
     for version, edit in enumerate(edits, start=1):
         commit(stores, version, [edit.id])
         stores.edits.claim("run")
-        stores.edits.trained("run", version)
+        stores.edits.move(edit.id, EditStatus.TRAINED, version=version)
         stores.redis.hset(f"errata:edit:{edit.id}", "verdict", "matched")
 
     def visit(version: int) -> None:

@@ -135,10 +135,10 @@ def test_a_hold_ends_with_news(stores: Stores, worker: ScriptedWorker, news: str
 def test_progress_is_kept(stores: Stores) -> None:
     run = start(stores)
     for number in (1, 2):
-        stores.runs.add_epoch(run.id, EpochLoss(epoch=number, loss=1 / number, steps=3, seconds=0.5), eta_s=None)
-    stores.runs.add_timing(run.id, "train", 1.0)
-    stores.runs.add_timing(run.id, "commit", 0.25)
-    stores.runs.update(run.id, phase="evaluate", edits=5, new_edits=2)
+        stores.runs.add_epoch(run, EpochLoss(epoch=number, loss=1 / number, steps=3, seconds=0.5), eta_s=None)
+    stores.runs.add_timing(run, "train", 1.0)
+    stores.runs.add_timing(run, "commit", 0.25)
+    stores.runs.update(run, phase="evaluate", edits=5, new_edits=2)
     found = stores.runs.get(run.id)
     assert [epoch.epoch for epoch in found.epochs] == [1, 2]
     assert found.timings == {"train": 1.0, "commit": 0.25}

@@ -1,20 +1,25 @@
 """Trainer between a real Redis and a training that is only played: whatever ends a run, its edits are accounted for."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import lmdb
 import pytest
+import torch
 from scripted_worker import ScriptedWorker, fact
 
 from service.queue import TaskQueue
-from service.schemas import Edit, Run, RunStatus, Trigger
+from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger
 from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
 from worker import run as worker_run
+from worker.delta import StoreUnavailableError
 from worker.evaluation.gate import GateDecision
 from worker.learning import Learning
 from worker.run import Trainer
@@ -51,7 +56,7 @@ def carry_out(
         preservation: Any = SimpleNamespace(factors=lambda _: {})
         learning = Learning(base, played, preservation, played, stores, hasty)
         trainer = Trainer(base, learning, evaluator, played, stores, queue, hasty, threading.Event())
-        monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self._hand_over(run, 1))
+        monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self.stores.runs.hand_over(run, 1))
         run_id = stores.runs.request(Trigger.MANUAL)[0].id
         trainer.execute(run_id)
         return stores.runs.get(run_id)
@@ -94,7 +99,20 @@ def test_a_cancelled_run_gives_its_edits_back(
     assert stores.runs.current() is None
 
 
-@pytest.mark.parametrize("error", [TrainingError("diverged"), RuntimeError("out of memory"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrainingError("no result"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        StoreUnavailableError("version 1 could not be written: endpoint not reached"),
+        lmdb.DiskError("map"),
+        KeyError("a mistake of ours"),
+    ],
+    ids=repr,
+)
 def test_a_run_that_fails_counts_an_attempt(stores: Stores, carry_out: Callable[..., Run], error: Exception) -> None:
     ids = submit(stores, "a")
 
@@ -104,8 +122,15 @@ def test_a_run_that_fails_counts_an_attempt(stores: Stores, carry_out: Callable[
     ended = carry_out(training=fail)
     assert ended.status is RunStatus.FAILED
     assert ended.error is not None
-    assert str(error) in ended.error.message
+    assert ended.error.code == "training_failed"
+    assert ended.error.message == f"{type(error).__name__}: {error}".rstrip(": ")
     assert found(stores, ids) == [("queued", 1)]
+    for attempt in (2, 3):
+        assert carry_out(training=fail).status is RunStatus.FAILED
+        assert found(stores, ids) == [("queued" if attempt == 2 else "failed", attempt)]
+    [again] = submit(stores, "b")
+    assert carry_out().status is RunStatus.VERIFYING, "the worker goes on"
+    assert stores.edits.get(again).status is EditStatus.TRAINING
 
 
 def test_a_run_that_takes_too_long_fails_and_says_so(stores: Stores, carry_out: Callable[..., Run]) -> None:

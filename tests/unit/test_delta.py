@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from worker.delta import (
     WrongShapeError,
     tensor_sha256,
 )
+from worker.folders import _in_use
 
 LOCATION = "model.layers.22.mlp.down_proj"
 PARAMETER = f"{LOCATION}.weight"
@@ -275,3 +277,120 @@ def test_a_manifest_cannot_be_changed(store: VersionStore) -> None:
     with pytest.raises(ValueError, match="frozen"):
         manifest.version = 2  # type: ignore[misc]
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+class DriverError(Exception):
+    """What botocore's errors are to us: no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("method", "use"),
+    [
+        ("ls", lambda store: store.versions()),
+        ("ls", lambda store: store.last_number()),
+        ("info", lambda store: store.versions()),
+        ("info", lambda store: store.clean()),
+        ("info", lambda store: store.whole(1)),
+        ("info", lambda store: store.write(info(2), {PARAMETER: matrix()}, EDITS)),
+        ("pipe_file", lambda store: store.write(info(2), {PARAMETER: matrix()}, EDITS)),
+        ("cat_file", lambda store: store.manifest(1)),
+        ("cat_file", lambda store: store.edits(1)),
+        ("cat_file", lambda store: store.load(1)),
+    ],
+)
+def test_whatever_a_driver_raises_means_that_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, use: Callable[[VersionStore], object]
+) -> None:
+    store = VersionStore(f"memory://{tmp_path}")
+    store.write(info(1), {PARAMETER: matrix()}, EDITS)
+
+    def fail(*_: object, **__: object) -> None:
+        raise DriverError("endpoint not reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._fs, method, fail)
+        with pytest.raises(StoreUnavailableError, match="endpoint not reached"):
+            use(store)
+    assert store.versions() == [1]
+    assert store.edits(1) == EDITS
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = VersionStore(f"memory://{tmp_path}")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(store._fs, "pipe_file", fail)
+    with pytest.raises(MemoryError):
+        store.write(info(1), {PARAMETER: matrix()}, EDITS)
+
+
+def test_cleaning_takes_what_is_not_whole_and_nothing_else(any_store: VersionStore, tmp_path: Path) -> None:
+    any_store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    any_store.write(info(2), {PARAMETER: matrix()}, EDITS)
+    any_store._fs.rm_file(f"{any_store._folder(2)}/manifest.json")
+    assert any_store.last_number() == 2
+    assert any_store.clean() == ["000002"]
+    assert any_store.clean() == []
+    assert (any_store.versions(), any_store.last_number()) == ([1], 1)
+    assert any_store.edits(1) == EDITS
+
+
+def test_cleaning_takes_what_a_killed_writer_left_and_leaves_a_living_one(store: VersionStore, root: Path) -> None:
+    folder = root / "versions"
+    killed, writing = folder / f".000007.{'a' * 32}", folder / f".000008.{'b' * 32}"
+    for path in (killed, writing, folder / ".lost+found"):
+        path.mkdir(parents=True)
+    (killed / "delta.safetensors").write_bytes(b"half")
+    with _in_use(writing):
+        assert store.clean() == [killed.name]
+    assert store.clean() == [writing.name]
+    assert [path.name for path in folder.iterdir()] == [".lost+found"]
+
+
+def test_cleaning_leaves_an_upload_alone(tmp_path: Path) -> None:
+    store = VersionStore(f"memory://{tmp_path}")
+    store._fs.pipe_file(f"{store._folder(4)}/delta.safetensors", b"half")
+    assert store.clean(uploading=True) == []
+    assert store.clean() == ["000004"]
+
+
+def test_an_empty_store_has_nothing_to_clean(any_store: VersionStore) -> None:
+    assert (any_store.clean(), any_store.last_number()) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["delta.safetensors", "edits.jsonl"])
+@pytest.mark.parametrize(("damage", "what"), [(truncate, r"has \d+ bytes"), (Path.unlink, "is missing")])
+def test_a_version_with_half_a_file_is_not_whole(
+    store: VersionStore, root: Path, damage: Callable[[Path], None], what: str, name: str
+) -> None:
+    written = store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    assert store.whole(1) == written
+    damage(root / "versions" / "000001" / name)
+    with pytest.raises(DamagedDeltaError, match=f"version 1: {name} {what}"):
+        store.whole(1)
+
+
+def test_a_read_only_store_says_so(store: VersionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write(info(1), {PARAMETER: matrix()}, EDITS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(StoreUnavailableError, match="Read-only file system"):
+            store.write(info(2), {PARAMETER: matrix()}, EDITS)
+    assert store.versions() == [1]
+
+
+def test_a_file_that_may_not_grow_leaves_nothing_behind(store: VersionStore, root: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(StoreUnavailableError, match="File too large"):
+            store.write(info(1), {PARAMETER: matrix()}, EDITS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((root / "versions").iterdir()) == []

@@ -10,9 +10,11 @@ from fake_service import RUN, VERSION
 from service.doctor import Level, examine
 from service.doctor.checks import (
     NodeState,
+    StoreState,
     check_api,
     check_control_worker,
     check_disk,
+    check_edits,
     check_model,
     check_node,
     check_redis,
@@ -20,9 +22,9 @@ from service.doctor.checks import (
     check_train_worker,
     check_versions,
 )
-from service.doctor.examination import look_at_node, store_folder
+from service.doctor.examination import look_at_node, look_at_store, store_folder
 from service.nodes import NodeClient
-from service.schemas import Health, Run, VersionRecord
+from service.schemas import EditStatus, Health, Run, VersionRecord
 from service.settings import Settings
 
 SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -139,24 +141,50 @@ def test_disk(free: int, level: Level) -> None:
 
 
 def test_versions_that_are_all_there() -> None:
-    [finding] = check_versions([record(1), record(0)], 1, has_manifest=lambda _: True)
+    [finding] = check_versions([record(1), record(0)], 1, StoreState([0, 1]))
 
     assert finding.level is Level.OK
 
 
 def test_versions_that_are_missing() -> None:
-    records = [record(4), record(3, "rejected"), record(2), record(1), record(0)]
+    records = [record(4), record(3, "rejected"), record(2, "missing"), record(1), record(0)]
 
-    active, others = check_versions(records, 4, has_manifest=lambda number: number == 0)
+    active, others = check_versions(records, 4, StoreState([0]))
 
     assert "version 4, the active one, is not in the store" in active.found
     assert others.found == "registered and not in the store: 2, 1"
     assert {active.level, others.level} == {Level.FAIL}
 
 
+def test_a_store_with_more_than_is_registered() -> None:
+    unknown, leftover = check_versions([record(0)], 0, StoreState([0, 2, 1], [".000003.ab", "000004"]))
+
+    assert unknown.found == "in the store and not registered: 1, 2"
+    assert leftover.found == "2 folders in the store are no whole versions: .000003.ab, 000004"
+    assert {unknown.level, leftover.level} == {Level.WARN}
+
+
+def test_a_store_is_looked_at(tmp_path: Path) -> None:
+    assert look_at_store(str(tmp_path)) == StoreState([], [])
+    for name in ("000000", "000007", ".000008.ab", "1000000"):
+        (tmp_path / "versions" / name).mkdir(parents=True)
+    for name in ("000000", "1000000", ".000008.ab"):
+        (tmp_path / "versions" / name / "manifest.json").touch()
+    assert look_at_store(str(tmp_path)) == StoreState([0, 1_000_000], [".000008.ab", "000007"])
+    assert look_at_store("s3://bucket/versions") is None
+
+
 def test_versions_before_the_first_and_in_a_remote_store() -> None:
-    assert check_versions([], None, has_manifest=None)[0].level is Level.FAIL
-    assert check_versions([record(0)], 0, has_manifest=None)[0].level is Level.OK
+    assert check_versions([], None, None)[0].level is Level.FAIL
+    assert check_versions([record(0)], 0, None)[0].level is Level.OK
+
+
+def test_edits() -> None:
+    counts = dict.fromkeys(EditStatus, 0)
+    assert check_edits(counts, None).level is Level.OK
+    assert check_edits({**counts, EditStatus.TRAINING: 1}, run(status="training")).level is Level.OK
+    stuck = check_edits({**counts, EditStatus.TRAINING: 1, EditStatus.TRAINED: 2}, None)
+    assert (stuck.level, stuck.found) == (Level.WARN, "3 are in training or trained, and no run is under way")
 
 
 def test_store_folder() -> None:

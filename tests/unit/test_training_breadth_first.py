@@ -214,8 +214,9 @@ def test_a_run_can_be_cancelled_between_batches() -> None:
 def test_a_loss_that_is_no_number_is_an_error(skip_learned: bool) -> None:
     base = tiny_base()
     base.model.get_parameter("model.norm.weight").fill_(torch.nan)
-    with pytest.raises(TrainingDivergedError, match="epoch 1"):
+    with pytest.raises(TrainingDivergedError, match="epoch 1") as diverged:
         run(base, skip_learned=skip_learned)
+    assert diverged.value.edit_ids == {edit.id for edit in EDITS}
 
 
 def test_formats_can_be_chosen() -> None:

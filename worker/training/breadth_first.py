@@ -29,7 +29,11 @@ class TrainingError(RuntimeError):
 
 
 class TrainingDivergedError(TrainingError):
-    """The loss is not a number any more; nothing of the run is usable."""
+    """The loss is not a number any more; nothing of the run is usable. `edit_ids` are those whose loss was none."""
+
+    def __init__(self, message: str, edit_ids: frozenset[str]) -> None:
+        super().__init__(message)
+        self.edit_ids = edit_ids
 
 
 class TrainingCancelledError(TrainingError):
@@ -173,6 +177,7 @@ class _Run:
         )
         self.learner = Learner(base, config, prefix, start=self._start, factors=factors, ranks=ranks)
         self.sequences: list[TokenSequence] = []
+        self._edit_ids: list[str] = []  # of each sequence
         self.reports: list[EpochReport] = []
         self._filled = 0  # sequences whose prefix was looked after
 
@@ -181,6 +186,7 @@ class _Run:
         for edit in edits:
             sequences = self._encoder.encode(edit)
             self.sequences += sequences
+            self._edit_ids += [edit.id] * len(sequences)
             learned += [edit.id in self._known] * len(sequences)
         if learned:
             self._schedule.join(learned)
@@ -217,7 +223,7 @@ class _Run:
             sequences = [self.sequences[number] for number in batch]
             visits.append(self.learner.visit(sequences, share=len(batch) / len(self.sequences)))
         numbers = [number for batch in batches for number in batch]
-        mean, worst, steps = self._outcome(visits)
+        mean, worst, steps = self._outcome(numbers, visits)
         unlearned = self._mark(numbers, mean, worst)
         self.reports.append(
             EpochReport(
@@ -259,13 +265,16 @@ class _Run:
         self._schedule.restore(snapshot.schedule)
         self.reports = list(snapshot.reports)
 
-    def _outcome(self, visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
+    def _outcome(self, numbers: Sequence[int], visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
         """Mean and worst token of every visited sequence, on the CPU, and in how many batches a step was taken."""
         # The first place in an epoch where the host waits for the device.
         mean = torch.cat([losses.per_sequence for losses in visits]).cpu()
         worst = torch.cat([losses.worst_token for losses in visits]).cpu()
-        if not mean.isfinite().all():
-            raise TrainingDivergedError(f"the loss is not a number any more in epoch {len(self.reports) + 1}")
+        finite = mean.isfinite().tolist()
+        if not all(finite):
+            lost = {self._edit_ids[number] for number, is_finite in zip(numbers, finite, strict=True) if not is_finite}
+            epoch = len(self.reports) + 1
+            raise TrainingDivergedError(f"the loss is not a number any more in epoch {epoch}", frozenset(lost))
         stepped = torch.stack([losses.stepped for losses in visits])
         return mean, worst, int(stepped.sum())
 

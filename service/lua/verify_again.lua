@@ -1,0 +1,22 @@
+-- Begins where Redis was lost: version 0 is active, and a run that has only its verification before it has the version.
+-- Without a pointer nothing of this was done, with one all of it.
+if redis.call('EXISTS', keys.active) == 1 then return '{"active":true}' end
+redis.call('HSET', keys.active, 'version', 0, 'previous', 0, 'epoch', 1)
+emit('version.activated', {version = 0})
+audit('version.activated', {version = 0})
+
+local count = 0
+for _, id in ipairs(in_status('held')) do
+  if in_version(payload.version, id) then
+    move(id, 'trained', {run = payload.run, version = payload.version, attempts = 1, verdict = ''})
+    count = count + 1
+  end
+end
+redis.call('HSET', keys.run .. payload.run, 'id', payload.run, 'status', 'verifying', 'phase', 'verify',
+  'trigger', payload.trigger, 'token', redis.call('INCR', keys.token), 'parent', 0, 'epoch_of_activation', 1,
+  'version', payload.version, 'edits', count, 'new_edits', count, 'created_at', context.now,
+  'started_at', context.now, 'verifying_since', context.now)
+redis.call('ZADD', keys.runs, redis.call('INCR', keys.run_seq), payload.run)
+redis.call('SET', keys.current, payload.run)
+emit('run.verifying', {id = payload.run, version = payload.version})
+return '{}'

@@ -1,0 +1,46 @@
+"""What is put back into Redis when it was lost, from what the version store has."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from redis import Redis
+
+from service.keys import all_keys
+from service.lua import Script
+from service.runs import new_run_id
+from service.schemas import StoredEdit, Trigger
+from service.store import TABLE, stored_fields
+
+
+class Recovery:
+    """Edits as versions keep them, and a beginning for the newest of these versions."""
+
+    def __init__(self, redis: Redis, *, events_max: int, clock: Callable[[], float] = time.time) -> None:
+        def context() -> Mapping[str, Any]:
+            return {"keys": all_keys(), "transitions": TABLE, "now": int(clock()), "events_max": events_max}
+
+        self._restore = Script(redis, "restore", context)
+        self._verify_again = Script(redis, "verify_again", context)
+
+    def restore(self, edits: Sequence[StoredEdit], version: int) -> list[str]:
+        """Puts back what Redis lost of a version's edits; returns the ids that were missing.
+
+        They are held, or superseded by an edit of the same prompt that is there before: call it for the newest version
+        first.
+        """
+        return cast(list[str], self._restore({"edits": [_fields(edit) for edit in edits], "version": version}))
+
+    def verify_again(self, version: int) -> str | None:
+        """Where no version is active: makes version 0 active, and a run that verifies a version with its held edits.
+
+        Returns the run's id; None if a version is active, and nothing was done.
+        """
+        run = new_run_id()
+        answer = self._verify_again({"run": run, "version": version, "trigger": Trigger.MANUAL})
+        return None if answer.get("active") else run
+
+
+def _fields(edit: StoredEdit) -> dict[str, Any]:
+    record = edit.model_dump(exclude={"id", "sequence"})
+    return {"id": edit.id, "seq": edit.sequence, **stored_fields(edit, record)}
