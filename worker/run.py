@@ -131,7 +131,9 @@ class Trainer:
         except (TrainingDivergedError, GateRejectedError) as fault:
             candidate = self._without_culprits(run, lease, fault)
         with self._phase(run, "commit"):
-            self._commit(run, candidate)
+            version = self._commit(run, candidate)
+        log.info("run.trained", extra={"version": version})
+        self.queue.publish(run.id)
         self.learning.forget()
 
     def _candidate(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Candidate:
@@ -181,7 +183,7 @@ class Trainer:
             [EvaluationEdit(edit.id, edit.prompt, edit.target, tuple(edit.rephrases)) for edit in measured], tensors
         )
 
-    def _commit(self, run: Run, candidate: Candidate) -> None:
+    def _commit(self, run: Run, candidate: Candidate) -> int:
         learned, metrics = candidate.learned, candidate.metrics
         registry, edits = self.stores.registry, self.stores.edits
         version = registry.next_number(run, above=self.versions.last_number())
@@ -195,8 +197,7 @@ class Trainer:
         manifest = self.versions.write(info, learned.result.tensors, kept)
         record = version_record(manifest, VersionState.COMMITTED)
         registry.commit(record, [edit.id for edit in members], token=run.token)
-        log.info("run.trained", extra={"version": version})
-        self.queue.publish(run.id)
+        return version
 
     def _cancelled(self, run: Run, lease: Lease) -> None:
         if lease.lost:

@@ -79,8 +79,8 @@ def train(
             training(hooks)
             return SimpleNamespace(tensors={})
 
-        def commit(self: Trainer, run: Run, learned: Any, _: Any) -> None:
-            self._hand_over(run, worker.commit(run, learned.claim.members))
+        def commit(_: Trainer, run: Run, candidate: Any) -> int:
+            return worker.commit(run, candidate.learned.claim.members)
 
         monkeypatch.setattr(worker_learning, "train", play)
         monkeypatch.setattr(worker_run, "decide", lambda *_: GateDecision(passed=True, reasons=()))

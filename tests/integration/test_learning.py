@@ -179,3 +179,31 @@ def test_a_run_starts_over_once_at_most(bench: Bench) -> None:
     bench.between_epochs = supersede
     assert bench.run().status is RunStatus.SUCCEEDED
     assert len(bench.starts) == 2
+
+
+def test_what_a_run_writes_is_enough_to_rebuild_redis(bench: Bench) -> None:
+    bench.submit("one", "uno")
+    bench.run()
+    bench.submit("two", "dos")
+    bench.run()
+    registry, edits = bench.stores.registry, bench.stores.edits
+    records, members = registry.all(), registry.members(2)
+    before = edits.page(status=None, q=None, after=None, limit=10).data
+    bench.stores.redis.delete(*[key for key in bench.stores.redis.scan_iter() if not key.startswith("_kombu")])
+
+    bench.trainer.prepare()
+    said = {"state", "reason"}
+    assert [found.model_dump(exclude=said) for found in registry.all()] == [
+        record.model_dump(exclude=said) for record in records
+    ]
+    assert registry.members(2) == members
+    newest = registry.get(2)
+    assert (newest.formats, newest.edits.count, newest.edits.added) == (["raw", "chat"], 2, 1)
+    after = edits.page(status=None, q=None, after=None, limit=10).data
+    constant = {"id", "prompt", "target", "metadata", "created_at"}
+    assert [edit.model_dump(include=constant) for edit in after] == [
+        edit.model_dump(include=constant) for edit in before
+    ]
+    run = bench.stores.runs.current()
+    assert run is not None
+    assert (run.status, run.version) == (RunStatus.VERIFYING, 2)

@@ -105,8 +105,8 @@ def test_every_metric_is_there_after_a_life_of_edits(
     # A second run, up to its training.
     stores.edits.submit([fact("c", "3")])
     run, _ = worker.begin()
-    stores.runs.add_epoch(run.id, EpochLoss(epoch=1, loss=0.25, steps=3, seconds=2), eta_s=4)
-    stores.runs.add_timing(run.id, "train", 7.0)
+    stores.runs.add_epoch(run, EpochLoss(epoch=1, loss=0.25, steps=3, seconds=2), eta_s=4)
+    stores.runs.add_timing(run, "train", 7.0)
     stores.edits.submit([fact("d", "4")])
     assert service.post("/versions/0/activate").status_code == 202
     assert service.post("/v1/completions", json={"model": "errata@1", "prompt": "a"}).status_code == 200
@@ -242,9 +242,10 @@ def test_a_scrape_costs_the_same_however_many_edits_there_are(
     worker.begin()
     stores.edits.submit([fact("second", "x")])
     scraped(service)
-    few = cost()
+    # The gateway looks at Redis once a second, which may fall into one.
+    few = min(cost() for _ in range(5))
     stores.edits.submit([fact(f"prompt {number}", "x") for number in range(400)])
-    assert cost() == few < MOST_COMMANDS
+    assert min(cost() for _ in range(5)) == few < MOST_COMMANDS
 
 
 def test_labels_are_bounded(service: httpx.Client, worker: ScriptedWorker) -> None:

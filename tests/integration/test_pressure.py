@@ -55,10 +55,10 @@ def test_edits_in_training_fill_the_queue_and_learned_ones_do_not(
     small: EditStore, stores: Stores, worker: ScriptedWorker
 ) -> None:
     small.submit([fact(prompt, "1") for prompt in "abc"])
-    run, _ = worker.begin()
+    run, members = worker.begin()
     with pytest.raises(BusyError):
         small.submit([fact("d", "1")])
-    small.trained(run.id, 1)
+    worker.commit(run, members)
     small.submit([fact("d", "1")])
 
 

@@ -10,6 +10,7 @@ from fake_service import FakeService, error, serve
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from service import doctor
 from service.cli import app
 from service.cli.logs import follow, last_lines
 from service.console import Follow, ago, one_line
@@ -216,6 +217,16 @@ def test_doctor_without_a_stack_fails_and_says_so() -> None:
     assert result.exit_code == 1
     assert "FAIL  service: no stack runs under this home\n      -> start one: errata up" in result.stdout
     assert {"part", "level", "found", "advice"} == set(json.loads(run("doctor", "--json").stdout)[0])
+
+
+def test_doctor_repairs_only_what_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("doctor", "--repair")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("errata: nothing more was repaired: ERRATA_REDIS_URL is not set")
+
+    monkeypatch.setattr(doctor, "repair", lambda settings: [f"repaired under {settings.home}"])
+    assert run("doctor", "--repair").stdout.startswith("repaired under ")
+    assert json.loads(run("doctor", "--repair", "--json").stdout)
 
 
 def test_logs_of_nothing(home: Path) -> None:

@@ -3,6 +3,9 @@ import hashlib
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -393,4 +396,19 @@ def test_a_file_that_may_not_grow_leaves_nothing_behind(store: VersionStore, roo
             store.write(info(1), {PARAMETER: matrix()}, EDITS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((root / "versions").iterdir()) == []
+
+
+def test_a_writer_that_is_killed_leaves_no_version_and_nothing_behind(store: VersionStore, root: Path) -> None:
+    folder, files = root / "versions" / "000001", {"delta.safetensors": b"half", "manifest.json": b"{}"}
+    script = (
+        "import os, signal; from pathlib import Path; from worker import folders\n"
+        "folders.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"folders.write_folder(Path({str(folder)!r}), {files!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    [left] = (root / "versions").iterdir()
+    assert (left / "delta.safetensors").read_bytes() == b"half"
+    assert store.versions() == []
+    assert store.clean() == [left.name]
     assert list((root / "versions").iterdir()) == []

@@ -40,7 +40,7 @@ def test_a_worker_that_cannot_load_ends(error: Exception, tasks: ModuleType, mon
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tasks.Stores, "connect", lambda _: None)
+    monkeypatch.setattr(tasks.Stores, "connect", lambda _, **__: None)
     monkeypatch.setattr(tasks, "_trainer", fail)
     with pytest.raises(SystemExit):
         tasks.load()
