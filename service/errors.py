@@ -147,6 +147,8 @@ class BusyError(ErrataError):
     type = "rate_limit_error"
     default_code = "too_busy"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: int = 1, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, param=param, code=code)
         self.headers["Retry-After"] = str(retry_after_s)

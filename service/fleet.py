@@ -106,10 +106,9 @@ class Fleet:
         # What one node holds the others could hold: one that refuses it is not fit to serve, and nobody waits for it.
         silent = [trouble for trouble in troubles if isinstance(trouble, UnavailableError)]
         needed = math.ceil(self._quorum * (len(nodes) - len(refusals)))
-        if len(holding) < max(1, needed):
+        if len(holding) < needed:
             raise UnavailableError(
-                f"{len(holding)} of {len(nodes)} nodes hold version {version}, {max(1, needed)} must: "
-                f"{silent[0].message}",
+                f"{len(holding)} of {len(nodes)} nodes hold version {version}, {needed} must: {silent[0].message}",
                 code="node_unavailable",
             )
         for node, trouble in zip(nodes, troubles, strict=True):
