@@ -152,7 +152,8 @@ class Reconciler:
 
     def _due(self) -> bool:
         edits, runs = self._stores.edits, self._stores.runs
-        if runs.on_hold() or runs.queued() or runs.current():
+        # Asked behind every edit that comes in.
+        if self._settings.trigger is Trigger.MANUAL or not runs.idle():
             return False
         return due(
             self._settings,

@@ -172,9 +172,9 @@ class RunStore:
         """Whether somebody renews the current run's lease."""
         return bool(self._redis.exists(self._keys.lease))
 
-    def on_hold(self) -> bool:
-        """Whether a cancelled run keeps the triggers waiting."""
-        return bool(self._redis.exists(self._keys.hold))
+    def idle(self) -> bool:
+        """Whether no run waits or is under way, and no cancelled one keeps the triggers waiting."""
+        return not self._redis.exists(self._keys.hold, self._keys.next, self._keys.current)
 
     def beat(self, worker: str) -> None:
         """A train worker says that it is there."""

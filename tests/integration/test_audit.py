@@ -92,7 +92,7 @@ def test_runs(stores: Stores) -> None:
     stores.runs.start(run.id)
     stores.runs.cancel(run.id)
     stores.runs.cancel(run.id)
-    assert stores.runs.on_hold()
+    assert not stores.runs.idle()
     stores.runs.finish(run.id, RunStatus.CANCELLED)
     with pytest.raises(ConflictError, match="is cancelled"):
         stores.runs.cancel(run.id)

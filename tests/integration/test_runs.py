@@ -87,7 +87,7 @@ def test_a_queued_run_is_cancelled_at_once(stores: Stores) -> None:
     assert stores.runs.cancel(run.id).status is RunStatus.CANCELLED
     assert stores.runs.queued() is None
     assert stores.runs.start(run.id) is None
-    assert stores.runs.on_hold()
+    assert not stores.runs.idle()
     with pytest.raises(ConflictError) as ended:
         stores.runs.cancel(run.id)
     assert ended.value.code == "run_not_cancellable"
@@ -119,7 +119,7 @@ def test_a_hold_ends_with_news(stores: Stores, worker: ScriptedWorker, news: str
         stores.redis.hset(f"errata:edit:{edit.id}", "status", "held")
     run, _ = stores.runs.request(Trigger.IMMEDIATE)
     stores.runs.cancel(run.id)
-    assert stores.runs.on_hold()
+    assert not stores.runs.idle()
     match news:
         case "submit":
             stores.edits.submit([fact("b", "2")])
@@ -128,8 +128,10 @@ def test_a_hold_ends_with_news(stores: Stores, worker: ScriptedWorker, news: str
         case "release":
             stores.edits.release(edit.id)
         case "request":
-            stores.runs.request(Trigger.MANUAL)
-    assert not stores.runs.on_hold()
+            asked, _ = stores.runs.request(Trigger.MANUAL)
+            stores.runs.start(asked.id)
+            stores.runs.finish(asked.id, RunStatus.FAILED)
+    assert stores.runs.idle()
 
 
 def test_progress_is_kept(stores: Stores) -> None:
@@ -165,3 +167,13 @@ def test_workers_are_heard_of_for_a_while(stores: Stores) -> None:
     assert stores.runs.workers(within_s=-1) == []
     stores.runs.leave("one")
     assert stores.runs.workers(within_s=5) == []
+
+
+def test_a_run_that_waits_or_is_under_way_is_not_idle(stores: Stores) -> None:
+    assert stores.runs.idle()
+    run, _ = stores.runs.request(Trigger.MANUAL)
+    assert not stores.runs.idle()
+    stores.runs.start(run.id)
+    assert not stores.runs.idle()
+    stores.runs.finish(run.id, RunStatus.SUCCEEDED)
+    assert stores.runs.idle()
