@@ -87,6 +87,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("errata"),
         description="Corrections for a running language model: stored, trained, verified, served, and taken back.",
         lifespan=lifespan,
+        redirect_slashes=False,  # the document has no redirects
     )
     app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)

@@ -10,7 +10,8 @@ from service.schemas import AuditEntry, Page
 
 router = APIRouter(tags=["audit"], responses=RESPONSES)
 
-_ID = r"^\d{1,19}-\d{1,19}$"
+# Redis knows no id before 0-0; it gives none that begins with 0.
+_ID = r"^[1-9][0-9]{0,18}-[0-9]{1,19}$"
 
 
 @router.get("/audit")

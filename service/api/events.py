@@ -19,7 +19,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(tags=["events"], responses=_RESPONSES)
 
-_ID = r"^(\$|\d{1,19}(-\d{1,19})?)$"
+_ID = r"^(\$|[0-9]{1,19}(-[0-9]{1,19})?)$"
 
 
 def _start(

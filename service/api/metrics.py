@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.api.errors import RESPONSES
 from service.metrics.process import ServiceMetrics
 
 router = APIRouter(tags=["health"])
@@ -13,7 +14,8 @@ router = APIRouter(tags=["health"])
     "/metrics",
     response_class=Response,
     responses={
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        **RESPONSES,
+        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
     },
 )
 def metrics(request: Request) -> Response:

@@ -16,7 +16,8 @@ from service.metrics.process import Passage
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
 MinVersion = Annotated[
-    str | None, Header(alias=MIN_VERSION_HEADER, description="Answer from this version or a later one")
+    str | None,
+    Header(alias=MIN_VERSION_HEADER, pattern=r"^[0-9]{1,15}$", description="Answer from this version or a later one"),
 ]
 _BODY: dict[str, Any] = {
     "requestBody": {

@@ -52,13 +52,17 @@ class ScriptedNode:
             return self._about_versions(method, path)
         body = json.loads(content)
         version = int(body["model"].removeprefix("errata@"))
-        prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
+        try:
+            prompt = body["prompt"] if path == "/v1/completions" else body["messages"][0]["content"]
+        except (LookupError, TypeError):
+            error = {"message": "nothing is asked", "type": "t", "param": None, "code": "missing_field"}
+            return 400, {"error": error}
         with self.lock:
             self.asked.append((version, prompt))
-        if prompt in self.chokes_on:
+        if isinstance(prompt, str) and prompt in self.chokes_on:
             error = {"message": "cannot answer this", "type": "t", "param": "prompt", "code": "bad_prompt"}
             return self.chokes_on[prompt], {"error": error}
-        text = self.taught.get(version, {}).get(prompt, IGNORANCE)
+        text = self.taught.get(version, {}).get(str(prompt), IGNORANCE)
         said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
 

@@ -327,6 +327,9 @@ class TestBadInput:
             ("/runs?after=run_nowhere", "after"),
             ("/events?after=yesterday", "after"),
             ("/events?after=99999999999999999999", "after"),
+            ("/events?after=\u0663", "after"),
+            ("/audit?after=0-0", "after"),
+            ("/audit?after=\u0663-\u0663", "after"),
         ],
     )
     def test_bad_parameters(self, api: httpx.Client, path: str, param: str) -> None:
@@ -353,6 +356,8 @@ class TestBadInput:
             ("POST", "/runs/run_nowhere/cancel"),
             ("GET", "/v1/models/errata@99"),
             ("GET", "/nowhere"),
+            ("GET", "/edits/"),
+            ("POST", "/v1/completions/"),
             ("GET", "/v1/embeddings"),
             ("POST", "/v1/load_lora_adapter"),
             ("POST", "/errata/versions/0/prefetch"),

@@ -127,13 +127,17 @@ def test_the_version_that_a_request_means(
 
 @pytest.mark.parametrize(
     "model",
-    ["errata@999", "errata@1", "errata@2", "errata@-1", "errata@01", "errata@", "gpt-4", "", "Errata", "errata@1\n"],
+    [
+        *("errata@999", "errata@1", "errata@2", "errata@-1", "errata@01", "errata@", "errata@1\n", "errata@1\u0660"),
+        *("gpt-4", "", "Errata"),
+    ],
 )
 def test_unknown_models(
     service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, model: str
 ) -> None:
     commit(stores, 1, VersionState.COMMITTED)
     commit(stores, 2, VersionState.REJECTED)
+    commit(stores, 10, VersionState.VERIFIED)
     response = service.post("/v1/completions", json={**ASK, "model": model})
     assert_error(response, 404, param="model", code="model_not_found")
     assert node.asked == []

@@ -165,7 +165,12 @@ def test_a_cache_that_is_full_is_said_to_be_unavailable(store: VersionStore, ada
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "errata", "errata@", "errata@-1", "errata@01", "errata@1 ", "xerrata@1", "errata@1\n"]
+    "name",
+    [
+        *("base", "errata", "errata@", "errata@-1", "errata@01", "errata@1 ", "xerrata@1", "errata@1\n"),
+        *("errata@1\u0660", f"errata@{'9' * 5000}"),
+    ],
+    ids=lambda name: ascii(name)[:20],
 )
 async def test_other_names_are_nobodys(adapters: AdapterCache, name: str) -> None:
     assert version_of(name) is None

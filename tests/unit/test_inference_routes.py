@@ -1,13 +1,20 @@
 """The node's routes over a stand-in for the engine: what they answer, and how they refuse."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import settings as bounds
+from hypothesis import strategies as st
 
 from worker.delta import DamagedDeltaError, StoreUnavailableError, UnknownVersionError, WrongBaseError, WrongShapeError
-from worker.inference.environment import NodeEnvironment
+from worker.inference.environment import TOKEN_VARIABLE, NodeEnvironment
+from worker.inference.guard import TokenGuard
 from worker.inference.residents import LoadFailedError, NotResidentError, Resident
 from worker.inference.resolver import VersionRefusedError
 from worker.inference.routes import VersionRoutes
@@ -45,7 +52,7 @@ def holder() -> Holder:
 
 
 @pytest.fixture
-async def client(holder: Holder, tmp_path):
+def app(holder: Holder, tmp_path: Path) -> FastAPI:
     app = FastAPI()
     VersionRoutes(NodeEnvironment(tmp_path, "store", tmp_path, "model.down", "a" * 64)).attach_router(app)
     app.state.errata_residents = holder
@@ -55,6 +62,11 @@ async def client(holder: Holder, tmp_path):
     async def ask() -> None:
         raise VersionRefusedError(holder.failure)
 
+    return app
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as client:
         yield client
 
@@ -120,3 +132,60 @@ async def test_an_engine_that_cannot_load_is_a_server_error(client: httpx.AsyncC
     response = await client.post("/errata/versions/7/prefetch")
     assert (response.status_code, response.json()["error"]["code"]) == (500, "load_failed")
     assert response.json()["error"]["type"] == "server_error"
+
+
+NUMBERS = st.integers(0, 2**53).map(str) | st.sampled_from(
+    ["7", "-1", "007", "1.0", str(2**53 + 1), "9" * 4000, "9" * 5000, "\u0663", "%00", "%2F", "7%0A", "", "x"]
+)
+FAILURES = [
+    (None, 200, None),
+    (UnknownVersionError("why"), 404, "unknown_version"),
+    (WrongBaseError("why"), 409, "wrong_base"),
+    (LoadFailedError("why"), 500, "load_failed"),
+    (StoreUnavailableError("why"), 503, "store_unavailable"),
+]
+REFUSALS = {(404, "not_found"), (404, "not_resident"), (422, "invalid_value")}
+
+
+@pytest.mark.parametrize(("failure", "status", "code"), FAILURES)
+def test_whatever_is_asked_is_answered_or_refused_in_the_one_shape(
+    app: FastAPI,
+    holder: Holder,
+    failure: Exception | None,
+    status: int,
+    code: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+    holder.failure = failure
+    guarded = TokenGuard(app)
+    seen = set()
+
+    async def answer(method: str, path: str, body: bytes) -> httpx.Response:
+        headers = {"Authorization": "Bearer token", "content-type": "application/json"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://node") as client:
+            return await client.request(method, path, content=body, headers=headers)
+
+    @bounds(max_examples=100, derandomize=True, database=None, deadline=None)
+    @given(
+        route=st.tuples(st.sampled_from(["GET", "POST", "DELETE", "PUT"]), NUMBERS, st.sampled_from(["", "/"]))
+        | st.tuples(st.just("GET"), NUMBERS, st.just("/checksum"))
+        | st.tuples(st.just("POST"), NUMBERS, st.just("/prefetch")),
+        query=st.sampled_from(["", "?checksum=true", "?checksum=maybe", "?checksum", "?version=1"]),
+        body=st.binary(max_size=20) | st.just(b'{"version": []}'),
+    )
+    def refused_or_answered(route: tuple[str, str, str], query: str, body: bytes) -> None:
+        method, number, rest = route
+        path = f"/errata/versions/{number}{rest}" if number else "/errata/versions"
+        response = asyncio.run(answer(method, path + query, body))
+        if response.is_success:
+            seen.add((200, None))
+            return
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+        assert error["type"] == ("server_error" if response.status_code >= 500 else "invalid_request_error")
+        seen.add((response.status_code, error["code"]))
+
+    refused_or_answered()
+    assert seen == REFUSALS | {(200, None), (status, code)}

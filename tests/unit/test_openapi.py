@@ -62,6 +62,13 @@ def test_every_error_answer_is_in_the_one_shape() -> None:
                     assert schema == {"$ref": "#/components/schemas/ErrorBody"}, (method, path, status)
 
 
+def test_whatever_asks_for_a_key_says_that_it_may_refuse() -> None:
+    operations = [found for path in json.loads(openapi_document())["paths"].values() for found in path.values()]
+    assert [
+        found["operationId"] for found in operations if "security" in found and "4XX" not in found["responses"]
+    ] == []
+
+
 def test_every_setting_has_a_row() -> None:
     table = settings_table()
     for name in Settings.model_fields:

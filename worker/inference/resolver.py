@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.errata.resolver")
 RESOLVER = "errata"
 """The resolver's name in vLLM's registry."""
 
-_NAME = re.compile(r"errata@(0|[1-9]\d*)")
+_NAME = re.compile(r"errata@(0|[1-9][0-9]{0,15})")
 
 
 class VersionRefusedError(VLLMClientError):

@@ -6,11 +6,14 @@ Errors are in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Request
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.lora.resolver import LoRAResolverRegistry
@@ -29,7 +32,24 @@ from worker.inference.environment import NodeEnvironment
 from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
 from worker.inference.resolver import RESOLVER, VersionRefusedError, VersionResolver
 
-router = APIRouter(prefix="/errata/versions")
+
+class _Route(APIRoute):
+    """Refuses a wrong request in the one shape; the server's own routes keep the server's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                return _answer(first["msg"], 422, "invalid_value", param=str(first["loc"][-1]))
+
+        return handle_or_refuse
+
+
+router = APIRouter(prefix="/errata/versions", route_class=_Route)
 
 # HTTP status and code on these routes.
 _ANSWERS: dict[type[Exception], tuple[int, str]] = {
@@ -49,7 +69,7 @@ def _residents(request: Request) -> ResidentVersions:
 
 
 Residents = Annotated[ResidentVersions, Depends(_residents)]
-Version = Annotated[int, Path(ge=0)]
+Version = Annotated[int, Path(ge=0, le=2**53)]
 
 
 @router.get("")
@@ -81,22 +101,22 @@ async def evict(version: Version, residents: Residents) -> None:
     await residents.evict(version)
 
 
-def _answer(error: Exception, status: int, code: str, param: str) -> JSONResponse:
+def _answer(message: str, status: int, code: str, param: str) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"message": str(error), "type": kind, "param": param, "code": code}
+    body = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": body}, status_code=status)
 
 
 async def _on_route_error(_request: Request, error: Exception) -> JSONResponse:
     status, code = _ANSWERS[type(error)]
-    return _answer(error, status, code, param="version")
+    return _answer(str(error), status, code, param="version")
 
 
 async def _on_refused_request(_request: Request, error: Exception) -> JSONResponse:
     """Answer an inference request whose `model` is a version that cannot be served: a bad request, not a conflict."""
     assert isinstance(error, VersionRefusedError)  # noqa: S101  narrows FastAPI's handler type
     status, code = _ANSWERS[type(error.reason)]
-    return _answer(error, 400 if status == 409 else status, code, param="model")
+    return _answer(str(error), 400 if status == 409 else status, code, param="model")
 
 
 class VersionRoutes:
