@@ -122,7 +122,7 @@ def test_a_cancelled_run_is_not_woken_by_a_proposal(
     [waiting] = stores.edits.submit([fact("waiting", "t")])
     stores.runs.cancel(stores.runs.request("manual")[0].id)  # type: ignore[arg-type]
     edit_id = proposed(proposer)
-    assert stores.runs.on_hold()
+    assert not stores.runs.idle()
     assert stores.runs.queued() is None
     reviewer.post(f"/edits/{edit_id}/approve")
     assert stores.runs.queued() is not None
