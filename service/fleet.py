@@ -85,7 +85,7 @@ class Fleet:
         return found
 
     def load(self, version: int, trained: Trained | None = None) -> list[NodeClient]:
-        """Makes the nodes hold a version, but for those that are left out for now; returns those that do.
+        """Makes the serving nodes hold a version; returns those that do.
 
         Args:
             version: its number.
@@ -95,10 +95,10 @@ class Fleet:
             UnavailableError: no node is ready, or fewer hold the version than the quorum asks for.
             NodeRefusedError: every node refuses the version.
         """
-        if not (nodes := self._due(self._answering())):
+        if not (nodes := self.serving()):
             raise UnavailableError("no node is ready", code="no_ready_node")
         with ThreadPoolExecutor(len(nodes)) as pool:
-            troubles = list(pool.map(lambda node: self._load_on(node, version, trained), nodes))
+            troubles = list(pool.map(lambda node: self.load_on(node, version, trained), nodes))
         holding = [node for node, trouble in zip(nodes, troubles, strict=True) if trouble is None]
         refusals = [trouble for trouble in troubles if isinstance(trouble, NodeRefusedError)]
         if len(refusals) == len(nodes):
@@ -112,9 +112,7 @@ class Fleet:
                 code="node_unavailable",
             )
         for node, trouble in zip(nodes, troubles, strict=True):
-            if trouble is None:
-                self._take_back(node)
-            elif isinstance(trouble, NodeRefusedError):
+            if isinstance(trouble, NodeRefusedError):
                 self.leave_out(node, trouble)
         return holding
 
@@ -132,7 +130,7 @@ class Fleet:
             try:
                 resident[node.address] = node.resident()
                 if active and (node.address in left or active.version not in resident[node.address]):
-                    trouble = self._load_on(node, active.version, active.tensors if node.address in left else None)
+                    trouble = self.load_on(node, active.version, active.tensors if node.address in left else None)
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
             if trouble is None:
@@ -155,7 +153,7 @@ class Fleet:
         if before is None:
             self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
 
-    def _load_on(
+    def load_on(
         self, node: NodeClient, version: int, trained: Trained | None
     ) -> NodeRefusedError | UnavailableError | None:
         """What kept the node from holding the version, bit for bit as it was trained; None if nothing did."""

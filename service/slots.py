@@ -69,13 +69,8 @@ class SlotCheck:
         self._stores.measures.count(CHECKSUM_MISMATCHES)
         self._stores.events.append("node.slot_damaged", {"address": node.address, "version": version})
         node.evict(version)
-        node.prefetch(version)
-        if node.checksums(version) == trained:
+        trouble = self._fleet.load_on(node, version, trained)
+        if trouble is None:
             log.info("slot.loaded_again", extra={"node": node.address, "version": version})
         else:
-            self._fleet.leave_out(
-                node,
-                NodeRefusedError(
-                    f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
-                ),
-            )
+            self._fleet.leave_out(node, trouble)

@@ -19,7 +19,7 @@ local waiting = 0
 for _, status in ipairs({'proposed', 'queued', 'training'}) do
   waiting = waiting + redis.call('ZCARD', keys.edits_in .. status)
 end
-if waiting + #new > payload.queue_max_edits then return cjson.encode({waiting = waiting}) end
+if #new > 0 and waiting + #new > payload.queue_max_edits then return cjson.encode({waiting = waiting}) end
 for _, edit in ipairs(new) do
   local seq = redis.call('INCR', keys.seq)
   redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', payload.status, 'record', edit.record,

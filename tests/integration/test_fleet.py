@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from scripted_clock import Clock
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker
 
@@ -13,14 +14,6 @@ from service.schemas import VersionRecord
 from service.stores import Stores
 
 DAMAGED, AWAY = (409, "damaged_version"), (503, "store_unavailable")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -166,6 +159,17 @@ def test_a_node_that_still_holds_other_bits_is_not_taken_back(
     clock.now += 100
     fleet.heal(base)
     assert len(addresses(fleet)) == 3
+
+
+def test_an_activation_does_not_take_a_node_back_that_holds_other_bits(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].damaged = {0}
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.load(0, base.tensors)
+    clock.now += 100
+    assert len(fleet.load(0)) == 2
+    assert len(addresses(fleet)) == 2
 
 
 def test_a_node_that_is_busy_goes_on_serving(

@@ -21,7 +21,7 @@ from service_process import assert_error, serving
 from service import programs
 from service.errors import BusyError
 from service.settings import Settings
-from service.store import EditStore, Idempotency
+from service.store import EditStore, Idempotency, _new
 from service.stores import Stores
 
 pytestmark = pytest.mark.timeout(90)
@@ -49,6 +49,12 @@ def test_an_edit_that_was_taken_before_the_queue_filled_is_answered_again(small:
     first = small.submit([fact("a", "1")], once)
     small.submit([fact("b", "1"), fact("c", "1")])
     assert small.submit([fact("a", "1")], once) == first
+
+
+def test_a_call_that_is_repeated_because_its_answer_was_lost_finds_its_edit_in_a_full_queue(small: EditStore) -> None:
+    payload = {"edits": [_new(fact("a", "1"), 0)], "idempotency": None, "request_id": "", "status": "queued"}
+    first = small._submit({**payload, "queue_max_edits": 1})
+    assert small._submit({**payload, "queue_max_edits": 0}) == first
 
 
 def test_edits_in_training_fill_the_queue_and_learned_ones_do_not(

@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from scripted_clock import Clock
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
@@ -12,14 +13,6 @@ from service.slots import SlotCheck
 from service.stores import Stores
 
 EVERY_S = 10.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
