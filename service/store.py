@@ -130,9 +130,7 @@ class EditStore:
         self._release = Script(redis, "release", context)
         self._settle = Script(redis, "settle", context)
 
-    def submit(
-        self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None, *, request_id: str = ""
-    ) -> list[Edit]:
+    def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.
 
         Under review they are stored as proposed, and supersede nothing until they are approved.
@@ -140,7 +138,6 @@ class EditStore:
         Args:
             requests: what to store.
             idempotency: the client's key, if it sent one.
-            request_id: kept with the edits, so that the log of a run leads back to the request.
 
         Returns the stored edits; for a known idempotency key those stored the first time.
 
@@ -157,7 +154,6 @@ class EditStore:
             {
                 "edits": new,
                 "idempotency": once,
-                "request_id": request_id,
                 "status": self._submitted,
                 "queue_max_edits": self._queue_max_edits,
             }

@@ -42,26 +42,22 @@ IdempotencyKey = Annotated[
 
 
 @router.post("", status_code=202)
-def submit(
-    body: EditRequest, parts: PartsDep, request: Request, response: Response, idempotency_key: IdempotencyKey = None
-) -> Edit:
+def submit(body: EditRequest, parts: PartsDep, response: Response, idempotency_key: IdempotencyKey = None) -> Edit:
     """Stores a correction. It is on disk when this answers; a run follows as the trigger says."""
     once = _once(idempotency_key, "/edits", body.model_dump_json())
-    [edit] = parts.stores.edits.submit([parts.checker.check(body)], once, request_id=request.state.request_id)
+    [edit] = parts.stores.edits.submit([parts.checker.check(body)], once)
     parts.reconciler.pull()
     response.headers["Location"] = f"/edits/{edit.id}"
     return edit
 
 
 @router.post("/batch", status_code=202)
-def submit_batch(
-    body: EditBatchRequest, parts: PartsDep, request: Request, idempotency_key: IdempotencyKey = None
-) -> Page[Edit]:
+def submit_batch(body: EditBatchRequest, parts: PartsDep, idempotency_key: IdempotencyKey = None) -> Page[Edit]:
     """Stores up to 1,000 corrections, all or none."""
     for index, edit in enumerate(body.edits):
         parts.checker.check(edit, at=f"edits.{index}.")
     once = _once(idempotency_key, "/edits/batch", body.model_dump_json())
-    edits = parts.stores.edits.submit(body.edits, once, request_id=request.state.request_id)
+    edits = parts.stores.edits.submit(body.edits, once)
     parts.reconciler.pull()
     return Page[Edit](data=edits, has_more=False)
 
@@ -75,7 +71,7 @@ def submit_batch(
 )
 async def import_edits(request: Request, parts: PartsDep) -> ImportReport:
     """Stores corrections from a stream of JSON lines of any length; valid lines are kept, the others reported."""
-    importer = _Import(parts, request.state.request_id)
+    importer = _Import(parts)
     async for number, line in _lines(request, parts.settings.import_line_max_bytes):
         importer.add(number, line)
         if len(importer.pending) >= _IMPORT_CHUNK:
@@ -187,9 +183,8 @@ def _progress(run: Run) -> EditProgress:
 class _Import:
     """Collects the lines of one import and stores them in chunks."""
 
-    def __init__(self, parts: Parts, request_id: str) -> None:
+    def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._request_id = request_id
         self.pending: list[tuple[int, EditRequest]] = []
         self._errors: list[ImportLineError] = []
         self._rejected = 0
@@ -210,7 +205,7 @@ class _Import:
             return
         requests = [request for _, request in self.pending]
         try:
-            edits = self._parts.stores.edits.submit(requests, request_id=self._request_id)
+            edits = self._parts.stores.edits.submit(requests)
             self._ids.extend(edit.id for edit in edits)
         except BusyError as error:
             for number, _ in self.pending:

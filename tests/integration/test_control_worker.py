@@ -15,6 +15,7 @@ from redis_server import RedisServer
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
 
+from service.audit import Actor, acting
 from service.queue import TRAIN_QUEUE, TaskQueue
 from service.schemas import EditStatus, RunStatus
 from service.stores import Stores
@@ -71,7 +72,8 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
     node: ScriptedNode,
     tmp_path: Path,
 ) -> None:
-    [first] = stores.edits.submit([fact("a", "1")], request_id="from-afar")
+    with acting(Actor(request_id="from-afar")):
+        [first] = stores.edits.submit([fact("a", "1")])
     eventually(lambda: stores.runs.queued() is not None)
     eventually(lambda: stores.redis.llen(TRAIN_QUEUE) == 1)
     run, version = worker.train()

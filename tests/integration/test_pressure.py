@@ -52,7 +52,7 @@ def test_an_edit_that_was_taken_before_the_queue_filled_is_answered_again(small:
 
 
 def test_a_call_that_is_repeated_because_its_answer_was_lost_finds_its_edit_in_a_full_queue(small: EditStore) -> None:
-    payload = {"edits": [_new(fact("a", "1"), 0)], "idempotency": None, "request_id": "", "status": "queued"}
+    payload = {"edits": [_new(fact("a", "1"), 0)], "idempotency": None, "status": "queued"}
     first = small._submit({**payload, "queue_max_edits": 1})
     assert small._submit({**payload, "queue_max_edits": 0}) == first
 
