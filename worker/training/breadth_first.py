@@ -62,6 +62,9 @@ class Start:
 
 FROM_BASE = Start()
 
+# A sweep ends behind the first so many sequences of which one is forgotten: training would change the others again.
+_CHECKED_AT_ONCE = 256
+
 
 def _nothing(_: object) -> None:
     pass
@@ -180,6 +183,7 @@ class _Run:
         self._edit_ids: list[str] = []  # of each sequence
         self.reports: list[EpochReport] = []
         self._filled = 0  # sequences whose prefix was looked after
+        self._worst = torch.zeros(0)  # [sequences], nats: each one's worst token when it was last looked at
 
     def join(self, edits: Sequence[TrainingEdit]) -> None:
         learned: list[bool] = []
@@ -190,6 +194,7 @@ class _Run:
             learned += [edit.id in self._known] * len(sequences)
         if learned:
             self._schedule.join(learned)
+            self._worst = torch.cat([self._worst, torch.full((len(learned),), torch.inf)])
 
     @property
     def spent(self) -> bool:
@@ -250,7 +255,7 @@ class _Run:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            tensors={**self.learner.state(), "shuffle": self._shuffle.get_state()},
+            tensors={**self.learner.state(), "shuffle": self._shuffle.get_state(), "worst": self._worst.clone()},
             identity=self._identity(len(self.sequences)),
             sequences=len(self.sequences),
             schedule=self._schedule.state(),
@@ -263,6 +268,7 @@ class _Run:
         self.learner.restore(snapshot.tensors)
         self._shuffle.set_state(snapshot.tensors["shuffle"])
         self._schedule.restore(snapshot.schedule)
+        self._worst[: snapshot.sequences] = snapshot.tensors["worst"]
         self.reports = list(snapshot.reports)
 
     def _outcome(self, numbers: Sequence[int], visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
@@ -281,21 +287,26 @@ class _Run:
     def _mark(self, numbers: Sequence[int], mean: Tensor, worst: Tensor) -> int:
         """Tell the schedule which sequences are learned; answers how many are not."""
         learned = (mean < self._config.loss_threshold) & (worst < self._config.token_threshold)
+        self._worst[list(numbers)] = worst
         for number, is_learned in zip(numbers, learned.tolist(), strict=True):
             self._schedule.mark(number, learned=is_learned)
         return int((~learned).sum())
 
     def _sweep(self) -> bool:
-        """Check every sequence at the same weights."""
-        mine = self._ranks.share(self.sequences)
+        """Whether all sequences are learned at these weights: looks at the least sure first, as far as all is well."""
+        order = self._worst.argsort(descending=True, stable=True)
+        return all(self._check(numbers.tolist()) for numbers in order.split(_CHECKED_AT_ONCE))
+
+    def _check(self, numbers: Sequence[int]) -> bool:
+        """Score the sequences and mark them; whether all are learned."""
+        mine = self._ranks.share([self.sequences[number] for number in numbers])
         scores = score(self._base, self.learner.tensors(), self._prefix, mine)
-        count = len(self.sequences)
         found = [(one.nats.mean().item(), one.nats.max().item()) for one in scores]
         mean, worst = (
-            self._ranks.gather(torch.tensor([pair[which] for pair in found], device=self._base.device), count)
+            self._ranks.gather(torch.tensor([pair[which] for pair in found], device=self._base.device), len(numbers))
             for which in range(2)
         )
-        return self._mark(range(count), mean, worst) == 0
+        return self._mark(numbers, mean.cpu(), worst.cpu()) == 0
 
     def _identity(self, sequences: int) -> str:
         return identity(self._base, self._config, self._start, self.sequences[:sequences])
