@@ -11,7 +11,9 @@ two plots.
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ ADDED = (
     "edits",
     "runs",
     "train s",
-    "of the full run's",
+    "CPU s",
+    "of the full run's CPU",
     "epochs",
     "steps",
     "reliability raw",
@@ -82,12 +85,12 @@ def one_more(
     """Rows of `ADDED`: the live edits, those and one more from the base, and the same warm, with another edit each."""
     rows, more = pool[:live], pool[live : live + repeats]
     bench.prepare([*rows, *more], config)
-    version = bench.train(rows, config)
-    yield _added(bench, f"{live} from the base", [(rows, version)], None)
-    full = bench.train([*rows, more[0]], config)
-    yield _added(bench, "one more, from the base", [([*rows, more[0]], full)], full)
-    warm = [([*rows, row], bench.train([*rows, row], config, _after(version, rows))) for row in more]
-    yield _added(bench, "one more, warm", warm, full)
+    version = _run(bench, rows, config)
+    yield _added(bench, f"{live} from the base", [version], None)
+    full = _run(bench, [*rows, more[0]], config)
+    yield _added(bench, "one more, from the base", [full], full.cpu_s)
+    warm = [_run(bench, [*rows, row], config, _after(version.result, rows)) for row in more]
+    yield _added(bench, "one more, warm", warm, full.cpu_s)
 
 
 def chain(
@@ -122,19 +125,32 @@ def _after(result: TrainingResult, rows: Sequence[EditRow]) -> Start:
     return Start(result.tensors, frozenset(row.id for row in rows))
 
 
-def _added(
-    bench: Bench, name: str, runs: Sequence[tuple[Sequence[EditRow], TrainingResult]], full: TrainingResult | None
-) -> list[object]:
-    asked = [quality(bench.evaluate(rows, result.tensors, rephrased=False)) for rows, result in runs]
-    results = [result for _, result in runs]
+@dataclass(frozen=True)
+class _Run:
+    """What was trained, how it went, and the CPU time of all threads in seconds."""
+
+    rows: Sequence[EditRow]
+    result: TrainingResult
+    cpu_s: float
+
+
+def _run(bench: Bench, rows: Sequence[EditRow], config: TrainingConfig, start: Start = FROM_BASE) -> _Run:
+    began = time.process_time()
+    result = bench.train(rows, config, start)
+    return _Run(rows, result, time.process_time() - began)
+
+
+def _added(bench: Bench, name: str, runs: Sequence[_Run], full_cpu_s: float | None) -> list[object]:
+    asked = [quality(bench.evaluate(run.rows, run.result.tensors, rephrased=False)) for run in runs]
     return [
         name,
-        len(runs[0][0]),
+        len(runs[0].rows),
         len(runs),
-        spread([result.train_s for result in results]),
-        spread([result.train_s / full.train_s for result in results]) if full else None,
-        spread([len(result.epochs) for result in results]),
-        spread([result.steps for result in results]),
+        spread([run.result.train_s for run in runs]),
+        spread([run.cpu_s for run in runs]),
+        spread([run.cpu_s / full_cpu_s for run in runs]) if full_cpu_s else None,
+        spread([len(run.result.epochs) for run in runs]),
+        spread([run.result.steps for run in runs]),
         *(spread(shares) for shares in list(zip(*asked, strict=True))[:2]),
     ]
 

@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from service.answers import matches
 from service.schemas import Format
 from worker.evaluation.answers import ask
 from worker.model import BaseModel
+from worker.training import breadth_first
 from worker.training.breadth_first import (
     EpochReport,
     Hooks,
@@ -25,7 +27,7 @@ from worker.training.config import Pipeline, TrainingConfig
 from worker.training.encode import EncodingError, TokenSequence, TrainingEdit
 from worker.training.learner import Learner, Losses
 from worker.training.prefix import PrefixCache
-from worker.training.score import score
+from worker.training.score import TokenScores, score
 
 EDITS = [TrainingEdit(f"e{number}", f"{number} is", f"{number * 7 % 10}") for number in range(5)]
 TWO_EDITS = [TrainingEdit("a", "one", "uno"), TrainingEdit("b", "two", "dos")]
@@ -267,7 +269,7 @@ def test_a_paraphrase_is_learned() -> None:
 
 def test_a_warm_start_learns_what_is_new_and_keeps_what_was_learned_in_far_fewer_steps() -> None:
     base, prefix = tiny_base(**ROOMY), PrefixCache()
-    settings = config(learning_rate=1e-2, max_epochs=200, batch_size=4)
+    settings = config(learning_rate=1e-2, max_epochs=200, batch_size=6)
     new = TrainingEdit("new", "9 is", "nine")
     first = train(base, EDITS, settings, prefix=prefix)
     cold = train(base, [*EDITS, new], settings, prefix=prefix)
@@ -275,7 +277,7 @@ def test_a_warm_start_learns_what_is_new_and_keeps_what_was_learned_in_far_fewer
     warm = train(base, [*EDITS, new], settings, prefix=prefix, start=start)
     assert first.stopped is cold.stopped is warm.stopped is StopReason.LEARNED
     assert all(says(base, warm.tensors, [*EDITS, new]))
-    assert (warm.epochs[0].visited, warm.epochs[0].sequences) == (2 + 4, 12)
+    assert (warm.epochs[0].visited, warm.epochs[0].sequences) == (2 + 6, 12)
     computed = [sum(report.tokens for report in result.epochs) for result in (warm, cold)]
     assert computed[0] < computed[1] / 2
 
@@ -305,6 +307,33 @@ def test_a_sweep_finds_what_was_forgotten_behind_everyones_back() -> None:
     result = train(base, EDITS, settings, prefix=prefix, start=start)
     assert (result.epochs[0].visited, result.epochs[0].unlearned) == (1, 0)
     assert result.epochs[1].visited == 2 + 2
+    assert result.stopped is StopReason.LEARNED
+    assert all(says(base, result.tensors, EDITS))
+
+
+def test_a_sweep_begins_with_the_least_sure_and_ends_where_some_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch, batches: list[list[TokenSequence]]
+) -> None:
+    base, prefix = tiny_base(**ROOMY), PrefixCache()
+    settings = config(**{**LEARNS, "batch_size": 1})
+    known = train(base, EDITS[1:], settings, prefix=prefix)
+    batches.clear()
+    swept: list[tuple[int, list[TokenSequence]]] = []
+    reports: list[EpochReport] = []
+
+    def watched(*arguments: Any) -> list[TokenScores]:
+        swept.append((len(reports), list(arguments[-1])))
+        return score(*arguments)
+
+    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
+    result = train(base, EDITS, settings, prefix=prefix, start=start, hooks=Hooks(on_epoch=reports.append))
+    # Nothing is known of the first edit, which is not learned; the one that the first epoch visited is.
+    (first,) = [sequences for epoch, sequences in swept if epoch == 1]
+    assert len(first) == 2
+    assert batches[0][0] not in first
+    assert [len(sequences) for epoch, sequences in swept if epoch == len(reports)] == [2] * 5
     assert result.stopped is StopReason.LEARNED
     assert all(says(base, result.tensors, EDITS))
 
@@ -356,6 +385,24 @@ def test_arrivals_are_learned_at_the_whole_rate(rates: list[float]) -> None:
     settings = config(batch_size=10, final_rate=0.2, **{**NEVER_LEARNED, "max_epochs": 4}, learning_rate=1e-3)
     train(base, EDITS[:2], settings, prefix=PrefixCache(), hooks=Hooks(arrivals=lambda: next(arriving, ())))
     assert rates == pytest.approx([share * 1e-3 for share in (1.0, 0.8, 1.0, 0.8, 0.6, 0.4)])
+
+
+@pytest.mark.parametrize(
+    ("known", "batch_size", "expected"),
+    [
+        (4, 4, [0.5**0.5] * 6 + [0.6] * 3 + [0.4] * 3),
+        (4, 10, [1.0, 0.8, 0.6, 0.4]),
+        (1, 1, [1.0] * 10),
+        (5, 2, [0.2**0.5] * 5),
+    ],
+)
+def test_the_fewer_of_the_known_an_epoch_replays_the_smaller_are_its_steps(
+    rates: list[float], known: int, batch_size: int, expected: list[float]
+) -> None:
+    settings = config(batch_size=batch_size, final_rate=0.2, **{**NEVER_LEARNED, "max_epochs": 4}, learning_rate=1e-3)
+    start = Start(learned=frozenset(edit.id for edit in EDITS[:known]))
+    train(tiny_base(), EDITS, settings, prefix=PrefixCache(), start=start)
+    assert rates[: len(expected)] == pytest.approx([share * 1e-3 for share in expected])
 
 
 def test_every_batch_of_a_depth_first_run_is_learned_at_the_whole_rate(rates: list[float]) -> None:

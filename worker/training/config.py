@@ -30,12 +30,14 @@ class TrainingConfig:
     A batch that is learned takes no step. The token threshold is what matters to greedy decoding: a worst token under
     0.3 is more than 74 % likely, which a server whose log-probabilities differ by some 0.15 still says.
 
-    With `skip_learned`, an epoch visits the sequences that are not learned yet and as many that are, drawn at random;
-    when none is left a sweep checks all at fixed weights, and what it finds forgotten is trained again. Without it,
-    every epoch visits all, as in the paper, and the run ends when an epoch is learned.
+    With `skip_learned`, an epoch visits the sequences that are not learned yet and as many that are, at least a batch
+    of them, drawn at random; when none is left a sweep checks all at fixed weights, the least sure first, and what it
+    finds forgotten is trained again. Without it, every epoch visits all, as in the paper, and the run ends when an
+    epoch is learned.
 
     The learning rate falls in a line, over the budget, to `final_rate` of itself, and the decay with it: what the two
-    decide last is decided in favour of the edits.
+    decide last is decided in favour of the edits. A warm start's is at most the root of the share of learned sequences
+    that an epoch replays, or `final_rate`: a tenth for one edit on a thousand in two formats.
 
     The budget follows the number of edits: `max_epochs` visits a sequence on average, so that an epoch that visits a
     tenth of them uses up a tenth, or as many more as it takes for `min_steps` batches, because one edit makes one batch

@@ -85,9 +85,9 @@ class Learner:
         self._step(stepped, decay=self._config.decay * share)
         return Losses(per_sequence, worst_token, stepped)
 
-    def slow_down(self, progress: float) -> None:
-        """Set the learning rate for what comes, at this part of the budget, from 0 to 1."""
-        share = 1 - (1 - self._config.final_rate) * min(progress, 1)
+    def slow_down(self, progress: float, *, at_most: float = 1.0) -> None:
+        """Set the learning rate for what comes: at this part of the budget, from 0 to 1, and at most this share."""
+        share = max(min(at_most, 1 - (1 - self._config.final_rate) * progress), self._config.final_rate)
         (group,) = self.optimiser.param_groups
         group["lr"] = self._config.learning_rate * share
 
