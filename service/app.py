@@ -18,6 +18,7 @@ from service.draining import stop_announced
 from service.events import BLOCK_S
 from service.fleet import left_out
 from service.gateway import router as gateway
+from service.gateway.canary import CanaryTraffic
 from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
 from service.logs import configure_logging
@@ -63,6 +64,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         )
         await pool.start()
         app.state.proxy = Proxy(pool, max_requests=chosen.gateway_max_requests)
+        app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
+        await traffic.start()
         # On a connection of its own: a scrape would rather do without Redis than wait for it.
         watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
         measured.registry.register(StateCollector(watched))
@@ -78,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             )
             yield
         await pool.stop()
+        await traffic.stop()
         await async_redis.aclose()
         watched.redis.close()
         stores.redis.close()

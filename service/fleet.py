@@ -116,10 +116,10 @@ class Fleet:
                 self.leave_out(node, trouble)
         return holding
 
-    def heal(self, active: VersionRecord | None) -> None:
-        """Tells of nodes that came and went, and makes each one hold the active version.
+    def heal(self, active: VersionRecord | None, canary: int | None = None) -> None:
+        """Tells of nodes that came and went, and makes each one hold the active version and the canary.
 
-        One that is left out is taken back when it holds that version bit for bit as it was trained.
+        One that is left out is taken back when it holds the active version bit for bit as it was trained.
         """
         answering = self._answering()
         self._tell({node.address for node in answering})
@@ -135,12 +135,20 @@ class Fleet:
                 trouble = error
             if trouble is None:
                 self._take_back(node)
+                self._hold(node, canary, resident[node.address])
             elif isinstance(trouble, NodeRefusedError):
                 self.leave_out(node, trouble)
             else:
                 # It may be busy, or the version store away for a moment: it goes on serving what it holds.
                 log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
         self._measures.tick(self._clock(), resident)
+
+    def _hold(self, node: NodeClient, canary: int | None, resident: Sequence[int]) -> None:
+        """Has the node hold the canary. One that refuses it serves on: perhaps it is the canary that is at fault."""
+        if canary is None or canary in resident:
+            return
+        if trouble := self.load_on(node, canary, None):
+            log.error("node.without_canary", extra={"node": node.address, "reason": trouble.message})
 
     def leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
         """Has the node serve nothing until it holds the active version as it was trained."""

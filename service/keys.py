@@ -23,7 +23,8 @@ class VersionKeys:
     versions: str = "errata:versions"  # sorted set of committed numbers
     version_edits: str = "errata:version_edits:"  # … number: bitmap over the edits' sequence numbers
     version_seq: str = "errata:versions:seq"  # last number given
-    active: str = "errata:active"  # hash: version, previous, epoch
+    active: str = "errata:active"  # hash: version, previous, epoch, and the canary if there is one
+    canary: str = "errata:canary"  # hash: version, since, and how requests ended meanwhile; there is one or none
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from redis.exceptions import LockError
 
 from service.audit import Actor, acting
+from service.canary import judge
 from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.fleet import Fleet
 from service.logs import bound, of_edits
@@ -19,7 +20,7 @@ from service.nodes import NodeClient, NodeRefusedError
 from service.queue import TaskQueue
 from service.registry import OvertakenError
 from service.runs import LeaseLostError
-from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
+from service.schemas import Activation, Canary, Edit, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.slots import SlotCheck
 from service.stores import Stores
@@ -61,7 +62,7 @@ class Reconciler:
         return self._fleet
 
     def activate(self, version: int, *, expected_active: int | None = None) -> Activation:
-        """Makes a verified version resident on the nodes, then moves the pointer to it.
+        """Makes a verified version resident on the nodes, then moves the pointer to it, which ends a canary.
 
         Raises:
             NotFoundError: no such version.
@@ -101,7 +102,7 @@ class Reconciler:
         return self.activate(to)
 
     def publish(self, run_id: str) -> None:
-        """Verifies the version of a run on a node and makes it active, or gives its edits back.
+        """Verifies the version of a run on a node and makes it the canary or active, or gives its edits back.
 
         Does nothing if another process is at it, or no node is ready; the next tick tries again.
         """
@@ -130,7 +131,8 @@ class Reconciler:
     def tick(self) -> None:
         """One look at everything; called every few seconds."""
         active = self._stores.registry.active()
-        self._fleet.heal(self._stores.registry.get(active.active) if active else None)
+        record = self._stores.registry.get(active.active) if active else None
+        self._fleet.heal(record, active.canary if active else None)
         self._stores.edits.settle()
         self._take_over_lost_run()
         self.pull()
@@ -164,7 +166,7 @@ class Reconciler:
         )
 
     def _publish(self, run: Run, new: Sequence[Edit]) -> None:
-        registry, edits = self._stores.registry, self._stores.edits
+        registry = self._stores.registry
         version = run.version
         if version is None:
             raise NotFoundError(f"run {run.id} is verifying and has no version", code="version_not_found")
@@ -172,6 +174,27 @@ class Reconciler:
             # The process that moved the pointer died before it could say so.
             self._complete(run)
             return
+        record = registry.get(version)
+        if record.state is VersionState.REJECTED:
+            # The process that rejected it died before it gave the edits back.
+            self._reject(run, version, EditError(code="not_verified", message=record.reason or ""))
+            return
+        if record.state is VersionState.VERIFIED and active and active.epoch != run.epoch_of_activation:
+            self._overtaken(run, OvertakenError(f"version {active.active} was activated meanwhile"))
+            return
+        if canary := self._stores.canaries.current():
+            judgement = judge(canary, self._settings, now=self._clock())
+            if judgement.reason:
+                self._reject(run, version, EditError(code="canary_failed", message=judgement.reason))
+                return
+            if not judgement.over:
+                return
+        if self._passes(run, version, new):
+            self._promote(run, version, canary)
+
+    def _passes(self, run: Run, version: int, new: Sequence[Edit]) -> bool:
+        """Whether the nodes hold the version and answer its edits right; rejects it if not."""
+        registry, edits = self._stores.registry, self._stores.edits
         began = self._clock()
         try:
             nodes = self._fleet.load(version, registry.get(version).tensors)
@@ -179,31 +202,48 @@ class Reconciler:
             verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
-            return
+            return False
         if self._stores.runs.get(run.id).status is not RunStatus.VERIFYING:
             # The lock expired in a long verification, and another publisher has ended the run.
-            return
+            return False
         for edit_id, outcomes in verdict.outcomes.items():
             edits.record_verification(edit_id, outcomes)
         self._stores.runs.add_timing(run, "load", loaded - began)
         self._stores.runs.add_timing(run, "verify", self._clock() - loaded)
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
-            return
-        registry.mark(version, VersionState.VERIFIED)
+            return False
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
+        return True
+
+    def _promote(self, run: Run, version: int, canary: Canary | None) -> None:
+        """Makes a version that passed the canary, or active if it was the canary or none is asked for."""
+        registry = self._stores.registry
+        active = registry.active()
         try:
-            registry.activate(version, expected_epoch=run.epoch_of_activation)
+            if canary is None:
+                registry.mark(version, VersionState.VERIFIED)
+                # The base, which a run over an empty edit set ends with, is no candidate.
+                if self._settings.canary and active and version > active.active:
+                    self._stores.canaries.begin(run, version)
+                    log.info("version.canary", extra={"version": version})
+                    return
+            registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=canary is not None)
         except OvertakenError as error:
-            # What users rolled back to stands; the version is kept and can be activated by name.
-            edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
-            self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
+            self._overtaken(run, error)
             return
         self._complete(run)
 
+    def _overtaken(self, run: Run, error: OvertakenError) -> None:
+        """What users rolled back to stands; the version is kept and can be activated by name."""
+        self._stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
+        self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
+
     def _give_up_in_time(self, run: Run, error: UnavailableError) -> None:
         """No node verified the version for so long that other edits must not wait for it any more."""
-        waited_s = self._clock() - (run.verifying_since or self._clock())
+        canary = self._stores.canaries.current()
+        since = canary.since + self._settings.canary_s if canary else run.verifying_since
+        waited_s = self._clock() - (since or self._clock())
         if run.version is None or waited_s < self._settings.verify_max_s:
             return
         reason = EditError(code="not_verified", message=f"no node could be asked for {waited_s:.0f} s: {error.message}")
@@ -242,7 +282,7 @@ class Reconciler:
     def _mark_rejected(self, version: int, error: EditError) -> None:
         # A run over an empty edit set has no version of its own; the base is not rejected with it.
         if version > 0:
-            self._stores.registry.mark(version, VersionState.REJECTED, reason=error.message)
+            self._stores.registry.reject(version, reason=error.message)
 
     def _end(self, run: Run, status: RunStatus, error: EditError | None = None) -> None:
         self._stores.runs.finish(run.id, status, error=error)

@@ -16,7 +16,7 @@ from service.keys import VersionKeys, all_keys
 from service.lua import Script
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
-from service.schemas import Activation, Run, Version, VersionRecord, VersionState
+from service.schemas import Activation, Canary, Run, Version, VersionRecord, VersionState
 from service.store import TABLE
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class VersionRegistry:
         self._next_number = Script(redis, "next_number", context)
         self._commit = Script(redis, "commit", context)
         self._activate = Script(redis, "activate", context)
+        self._reject = Script(redis, "reject", context)
 
     def next_number(self, run: Run, *, above: int) -> int:
         """A number that no version had or will have; a run that fails leaves a gap.
@@ -125,12 +126,13 @@ class VersionRegistry:
             records.extend(page)
         return records
 
-    def shown(self, record: VersionRecord, *, resident: Sequence[str] = ()) -> Version:
+    def shown(self, record: VersionRecord, *, resident: Sequence[str] = (), canary: Canary | None = None) -> Version:
         """A record as the API shows it."""
         active = self.active()
         return Version(
             **record.model_dump(),
             active=active is not None and active.active == record.version,
+            canary=canary if canary and canary.version == record.version else None,
             resident=list(resident),
         )
 
@@ -144,6 +146,11 @@ class VersionRegistry:
             count(pipeline, VERSIONS_JUDGED, state)
         pipeline.execute()
 
+    def reject(self, number: int, *, reason: str) -> None:
+        """Records that a version failed; if it was the canary, it is none from now on."""
+        record = self.get(number).model_copy(update={"state": VersionState.REJECTED, "reason": reason})
+        self._reject({"version": number, "record": record.model_dump_json(), "reason": reason})
+
     def active(self) -> Activation | None:
         """The pointer, or None before version 0 is committed."""
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.active))
@@ -151,19 +158,40 @@ class VersionRegistry:
             return None
         previous = int(fields["previous"])
         active = int(fields["version"])
-        return Activation(active=active, previous=None if previous == active else previous, epoch=int(fields["epoch"]))
+        return Activation(
+            active=active,
+            previous=None if previous == active else previous,
+            epoch=int(fields["epoch"]),
+            canary=int(fields["canary"]) if "canary" in fields else None,
+        )
 
     def activate(
-        self, number: int, *, expected_active: int | None = None, expected_epoch: int | None = None
+        self,
+        number: int,
+        *,
+        expected_active: int | None = None,
+        expected_epoch: int | None = None,
+        promotes: bool = False,
     ) -> Activation:
-        """Moves the pointer. Moving it to where it is changes nothing.
+        """Moves the pointer and ends the canary. Without one, moving the pointer to where it is changes nothing.
+
+        Args:
+            number: the version.
+            expected_active: which version the caller saw active.
+            expected_epoch: how often the pointer had moved when the caller looked.
+            promotes: the version must still be the canary.
 
         Raises:
             NotFoundError: no such version.
             OvertakenError: another version is active, or the pointer moved, than the caller expects.
         """
         answer = self._activate(
-            {"version": number, "expected_active": expected_active, "expected_epoch": expected_epoch}
+            {
+                "version": number,
+                "expected_active": expected_active,
+                "expected_epoch": expected_epoch,
+                "promotes": promotes,
+            }
         )
         match answer.get("refused"):
             case "unknown":
@@ -174,6 +202,8 @@ class VersionRegistry:
                 )
             case "epoch":
                 raise OvertakenError(f"the active version changed meanwhile, to {answer['active']}")
+            case "canary":
+                raise OvertakenError(f"version {number} is no canary any more")
         log.info("version.activated", extra={"version": number})
         return cast(Activation, self.active())
 

@@ -220,11 +220,28 @@ class VersionRecord(Schema):
     created_at: Timestamp
 
 
+class Outcomes(Schema):
+    """How requests to `errata` ended; what a client did wrong or broke off is in neither number."""
+
+    ok: int = 0
+    errors: int = Field(default=0, description="No node answered, or one broke off or refused the version")
+
+
+class Canary(Schema):
+    """A verified version that answers a part of the requests to `errata` before it is active."""
+
+    version: int
+    since: Timestamp
+    of_canary: Outcomes = Field(description="Requests that it answered")
+    of_active: Outcomes = Field(description="Requests that the active version answered meanwhile")
+
+
 class Version(VersionRecord):
     """A version as the API shows it."""
 
     object: Literal["version"] = "version"
     active: bool
+    canary: Canary | None = Field(default=None, description="What is known of it as a canary, while it is one")
     resident: list[str] = Field(default=[], description="Addresses of the nodes that hold it; only for one version")
 
 
@@ -247,6 +264,7 @@ class Activation(Schema):
     active: int
     previous: int | None
     epoch: int = Field(description="Counts the pointer's moves; a run that began in another epoch is not activated")
+    canary: int | None = Field(default=None, description="The version that a part of the requests to `errata` gets")
 
 
 class VersionDiff(Schema):
@@ -356,6 +374,7 @@ class Health(Schema):
 
     ready: bool
     active: int | None
+    canary: int | None = None
     checks: dict[str, Check]
 
 

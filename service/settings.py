@@ -119,6 +119,21 @@ class Settings(BaseModel):
     )
     verify_sample: int = Field(default=8, ge=0, description="Older edits of a version that are asked again")
 
+    canary_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the requests to `errata` that a verified version gets at first"
+    )
+    canary_keys: tuple[str, ...] = Field(
+        default=(), description="Comma-separated names of API keys that get it at first, whatever the share"
+    )
+    canary_s: float = Field(default=600.0, gt=0, description="A canary becomes active after so long, seconds")
+    canary_requests: int = Field(default=200, ge=1, description="Or after so many requests that it answered")
+    canary_max_excess: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="A canary is withdrawn if its share of errors is so much above the active version's",
+    )
+
     edit_max_tokens: int = Field(default=512, ge=8, description="Longest prompt and target together, tokens")
     body_max_bytes: int = Field(default=4 * 1024**2, ge=1024, description="Largest body, except an import's, bytes")
     import_line_max_bytes: int = Field(default=256 * 1024, ge=1024, description="Longest line of an import, bytes")
@@ -138,16 +153,17 @@ class Settings(BaseModel):
     idempotency_ttl_s: int = Field(default=7 * 86400, ge=60, description="How long an Idempotency-Key is remembered")
     events_max: int = Field(default=10_000, ge=100, description="Events that the stream keeps")
 
-    @field_validator("nodes", mode="before")
+    @field_validator("nodes", "canary_keys", mode="before")
     @classmethod
-    def _split_nodes(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @field_validator("nodes")
     @classmethod
     def _nodes_are_urls(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        nodes = tuple(node.rstrip("/") for node in nodes)
         for node in nodes:
             _demand_scheme(node, "http://", "https://")
             if "@" in urlsplit(node).netloc:
@@ -221,6 +237,11 @@ class Settings(BaseModel):
             _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
             for name, value in values.items()
         }
+
+    @property
+    def canary(self) -> bool:
+        """Whether a verified version gets only a part of the traffic at first."""
+        return bool(self.canary_share or self.canary_keys)
 
     @property
     def store_url(self) -> str:

@@ -8,6 +8,7 @@ from redis.retry import Retry
 
 from service.api_keys import KeyStore
 from service.audit import AuditLog
+from service.canary import Canaries
 from service.events import EventStream
 from service.metrics.kept import Measures
 from service.recovery import Recovery
@@ -24,6 +25,7 @@ class Stores:
     redis: Redis
     edits: EditStore
     registry: VersionRegistry
+    canaries: Canaries
     runs: RunStore
     events: EventStream
     measures: Measures
@@ -63,6 +65,7 @@ class Stores:
                 review=settings.review,
             ),
             registry=VersionRegistry(redis, events_max=settings.events_max),
+            canaries=Canaries(redis, events_max=settings.events_max),
             runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
             events=EventStream(redis, maximum=settings.events_max),
             measures=Measures(redis),

@@ -42,5 +42,8 @@ def _health(parts: Parts) -> Health:
         ),
     }
     return Health(
-        ready=all(check.ok for check in checks.values()), active=active.active if active else None, checks=checks
+        ready=all(check.ok for check in checks.values()),
+        active=active.active if active else None,
+        canary=active.canary if active else None,
+        checks=checks,
     )

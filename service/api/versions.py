@@ -24,14 +24,16 @@ def list_versions(
     """Committed versions, newest first."""
     registry = parts.stores.registry
     records, more = registry.page(after=after, limit=limit)
-    return Page[Version](data=[registry.shown(record) for record in records], has_more=more)
+    canary = parts.stores.canaries.current()
+    return Page[Version](data=[registry.shown(record, canary=canary) for record in records], has_more=more)
 
 
 @router.get("/versions/{number}")
 def get_version(number: Number, parts: PartsDep) -> Version:
     """One version, and the nodes that hold it."""
     registry = parts.stores.registry
-    return registry.shown(registry.get(number), resident=parts.reconciler.fleet.holders(number))
+    resident = parts.reconciler.fleet.holders(number)
+    return registry.shown(registry.get(number), resident=resident, canary=parts.stores.canaries.current())
 
 
 @router.get("/versions/{number}/diff/{other}")
@@ -46,7 +48,7 @@ def diff(number: Number, other: Number, parts: PartsDep) -> VersionDiff:
 
 @router.post("/versions/{number}/activate", status_code=202)
 def activate(number: Number, parts: PartsDep, body: ActivateRequest | None = None) -> Activation:
-    """Makes a verified version the one that ``errata`` means. It is served when this answers."""
+    """Makes a verified version the one that ``errata`` means, and ends a canary. It is served when this answers."""
     activation = parts.reconciler.activate(number, expected_active=body.expected_active if body else None)
     parts.reconciler.pull()
     return activation

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def versions(limit: Limit = 20, home: Home = None, url: Url = None, as_json: Json = False) -> None:
-    """List versions, newest first; * is the active one."""
+    """List versions, newest first; * is the active one, a canary gets a part of its traffic."""
     with connect(home, url) as client:
         page = client.versions(limit=limit)
     if as_json:
@@ -30,7 +30,7 @@ def versions(limit: Limit = 20, home: Home = None, url: Url = None, as_json: Jso
     rows = [
         (
             f"{found.version}{' *' if found.active else ''}",
-            found.state,
+            "canary" if found.canary else found.state,
             found.edits.count,
             f"+{found.edits.added} -{found.edits.removed}",
             ago(now - found.created_at),

@@ -1,6 +1,8 @@
 """Which version a request means: ``errata`` the active one, ``errata@N`` that one."""
 
 import re
+from dataclasses import dataclass
+from enum import Enum
 
 from service.errors import InvalidRequestError, NotFoundError, UnavailableError, VersionNotReachedError
 from service.registry import VersionRegistry
@@ -21,6 +23,27 @@ class Model(Schema):
     owned_by: str = "errata"
 
 
+class Lot(Enum):
+    """Which part of the traffic a request belongs to: the canary's by its API key, by the draw, or not at all."""
+
+    NAMED = "named"
+    DRAWN = "drawn"
+    BLANK = "blank"
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What was decided for a request at its admission.
+
+    Attributes:
+        version: the one that answers it.
+        canary: the canary that it is counted for; None if there is none, or if it named its version itself.
+    """
+
+    version: int
+    canary: int | None = None
+
+
 class ModelList(Schema):
     """All models in OpenAI's shape."""
 
@@ -28,13 +51,14 @@ class ModelList(Schema):
     data: list[Model]
 
 
-def resolve(registry: VersionRegistry, model: object, min_version: str | None) -> int:
-    """The number of the version that a request asks for, at its admission.
+def resolve(registry: VersionRegistry, model: object, min_version: str | None, lot: Lot = Lot.BLANK) -> Admission:
+    """The version that a request asks for, at its admission.
 
     Args:
         registry: where the pointer is.
         model: the request's ``model``.
         min_version: the ``X-Errata-Min-Version`` header, digits.
+        lot: the part of the traffic that it belongs to if it asks for ``errata``.
 
     Raises:
         InvalidRequestError: the model is no text.
@@ -44,14 +68,15 @@ def resolve(registry: VersionRegistry, model: object, min_version: str | None) -
     """
     if not isinstance(model, str):
         raise InvalidRequestError("model: must be a string", param="model")
-    number = _active(registry) if model == ACTIVE_MODEL else _named(registry, model)
-    if min_version is not None and number < int(min_version):
+    least = int(min_version or 0)
+    admission = _of_alias(registry, least, lot) if model == ACTIVE_MODEL else Admission(_named(registry, model))
+    if (number := admission.version) < least:
         error = VersionNotReachedError(
             f"version {number} answers; the request demands {min_version} or later", param=MIN_VERSION_HEADER
         )
         error.headers[VERSION_HEADER] = str(number)
         raise error
-    return number
+    return admission
 
 
 def served(registry: VersionRegistry) -> ModelList:
@@ -64,10 +89,14 @@ def served(registry: VersionRegistry) -> ModelList:
     return ModelList(data=data)
 
 
-def _active(registry: VersionRegistry) -> int:
-    if (activation := registry.active()) is None:
+def _of_alias(registry: VersionRegistry, least: int, lot: Lot) -> Admission:
+    if (pointer := registry.active()) is None:
         raise UnavailableError("version 0 is not written yet", code="no_version")
-    return activation.active
+    if pointer.canary is None:
+        return Admission(pointer.active)
+    # A client that waits for a version would find it reached by one draw and not by the next.
+    tries = lot is Lot.NAMED or (lot is Lot.DRAWN and least <= pointer.active)
+    return Admission(pointer.canary if tries else pointer.active, pointer.canary)
 
 
 def _named(registry: VersionRegistry, model: str) -> int:

@@ -47,7 +47,7 @@ class Proxy:
                 log.warning("gateway.node_passed_over", extra={"node": node.address, "reason": error.message})
                 trouble = error
         if isinstance(trouble, _RefusedError):
-            passage.end("client_error")
+            passage.end("node_error")
             return trouble.response
         raise trouble
 

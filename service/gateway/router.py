@@ -1,14 +1,17 @@
 """The OpenAI-compatible routes: an allow-list, and nothing else reaches a node."""
 
 import json
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from service.api.access import Caller
 from service.api.dependencies import Parts, PartsDep
 from service.api.errors import RESPONSES, printable
-from service.errors import ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
+from service.errors import BusyError, ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
+from service.gateway.canary import CanaryTraffic
 from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
 from service.gateway.proxy import Proxy
 from service.metrics.process import Passage
@@ -73,13 +76,19 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
     body = _object(await request.body())
     if "model" not in body:
         raise InvalidRequestError("model: field required", param="model", code="missing_field")
-    version = await run_in_threadpool(resolve, parts.stores.registry, body["model"], min_version)
+    caller: Caller = request.state.caller
+    traffic: CanaryTraffic = request.app.state.canary
+    lot = traffic.lot(caller.key.name if caller.key else None)
+    admission = await run_in_threadpool(resolve, parts.stores.registry, body["model"], min_version, lot)
+    version = admission.version
     proxy: Proxy = request.app.state.proxy
-    request.state.passage = passage = Passage(request.app.state.metrics, version, began=request.state.read_at)
+    request.state.passage = passage = Passage(
+        request.app.state.metrics, version, began=request.state.read_at, told=partial(traffic.ended, admission)
+    )
     try:
         return await proxy.forward(path, body, version, passage)
     except ErrataError as error:
-        passage.end("unavailable")
+        passage.end("unavailable", of_node=not isinstance(error, BusyError))
         error.headers[VERSION_HEADER] = str(version)
         raise
 

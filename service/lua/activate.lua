@@ -1,17 +1,30 @@
--- Moves the one pointer, if it still is where the caller saw it.
+-- Moves the one pointer, if it still is where the caller saw it. Whoever says which version is active ends the canary,
+-- also by naming the one that is.
 local active = tonumber(redis.call('HGET', keys.active, 'version'))
 local epoch = tonumber(redis.call('HGET', keys.active, 'epoch') or '0')
+local canary = tonumber(redis.call('HGET', keys.active, 'canary'))
+local moves = active ~= payload.version
 if payload.expected_active ~= cjson.null and payload.expected_active ~= active then
   return cjson.encode({refused = 'active', active = active})
 end
-if payload.expected_epoch ~= cjson.null and payload.expected_epoch ~= epoch and active ~= payload.version then
+if payload.expected_epoch ~= cjson.null and payload.expected_epoch ~= epoch and moves then
   return cjson.encode({refused = 'epoch', active = active})
 end
+if payload.promotes and canary ~= payload.version and moves then
+  return cjson.encode({refused = 'canary', active = active})
+end
 if redis.call('EXISTS', keys.version .. payload.version) == 0 then return '{"refused":"unknown"}' end
-if active ~= payload.version then
-  redis.call('HSET', keys.active, 'version', payload.version, 'previous', active or payload.version, 'epoch', epoch + 1)
+-- The run of a canary that was ended here must see that somebody has decided since it began.
+if moves or canary then redis.call('HSET', keys.active, 'epoch', epoch + 1) end
+if moves then
+  redis.call('HSET', keys.active, 'version', payload.version, 'previous', active or payload.version)
   emit('version.activated', {version = payload.version, previous = active})
   local back = active and payload.version < active
   audit(back and 'version.rolled_back' or 'version.activated', {version = payload.version, previous = active})
+end
+if canary == payload.version then
+  end_canary('promoted')
+elseif canary then
+  end_canary('overtaken', 'version ' .. payload.version .. ' was activated')
 end
 return '{}'

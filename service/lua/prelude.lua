@@ -47,6 +47,17 @@ local function holds(run, token)
   return redis.call('GET', keys.current) == run and redis.call('GET', keys.token) == tostring(token)
 end
 
+-- The canary gets no traffic any more. `outcome` is promoted, withdrawn, or overtaken by a call that named a version.
+local function end_canary(outcome, reason)
+  local version = tonumber(redis.call('HGET', keys.active, 'canary'))
+  redis.call('HDEL', keys.active, 'canary')
+  redis.call('DEL', keys.canary)
+  count('errata_canaries_ended_total|' .. outcome)
+  if outcome == 'promoted' then return end
+  emit('version.withdrawn', {version = version, reason = reason})
+  audit('version.withdrawn', {version = version, reason = reason})
+end
+
 -- The training of a run is over: its verification begins.
 local function hand_over(run, version)
   redis.call('HSET', keys.run .. run, 'status', 'verifying', 'phase', 'verify', 'version', version,

@@ -103,6 +103,20 @@ ACTIVATION_SECONDS = Metric(
     "From the call of an activation or rollback to the moved pointer, loading included",
     buckets=_SHORT,
 )
+CANARY_VERSION = Metric("gauge", "errata_canary_version", "Number of the canary; absent without one")
+CANARY_REQUESTS = Metric(
+    "gauge",
+    "errata_canary_requests",
+    "Requests to `errata` since the canary began, by who answered (canary, active) and outcome (ok, error)",
+    ["by", "outcome"],
+)
+CANARIES_ENDED = Metric(
+    "counter",
+    "errata_canaries_ended_total",
+    "Canaries that ended: promoted to active, withdrawn, or overtaken by a call that named another version",
+    ["outcome"],
+    kept=("promoted", "withdrawn", "overtaken"),
+)
 VERSION_LOAD_SECONDS = Metric(
     "histogram",
     "errata_version_load_seconds",

@@ -74,10 +74,19 @@ class Passage:
         metrics: where it is counted.
         version: the version that it asks for.
         began: when its last byte was read, by ``time.perf_counter``.
+        told: who else wants to know how it ended, of what the nodes had their part in.
     """
 
-    def __init__(self, metrics: ServiceMetrics, version: int, *, began: float) -> None:
+    def __init__(
+        self,
+        metrics: ServiceMetrics,
+        version: int,
+        *,
+        began: float,
+        told: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._metrics = metrics
+        self._told = told
         self._version = version
         self._began = began
         self._waited_s = 0.0
@@ -98,13 +107,15 @@ class Passage:
         seconds = time.perf_counter() - self._began
         self._metrics.first_byte(seconds=seconds, waited_s=self._waited_s, streamed=streamed)
 
-    def end(self, outcome: str) -> None:
-        """The request has ended; what is said of it later changes nothing."""
+    def end(self, outcome: str, *, of_node: bool = True) -> None:
+        """The request has ended, without any node if not ``of_node``; what is said of it later changes nothing."""
         if self._ended:
             return
         self._ended = True
         self._metrics.passing.dec()
         self._metrics.passed(self._version, outcome)
+        if of_node:
+            self._told(outcome)
 
 
 class NodeCollector(Collector):

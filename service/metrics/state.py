@@ -84,6 +84,12 @@ class StateCollector(Collector):
         if active := self._stores.registry.active():
             yield family(catalogue.ACTIVE_VERSION, {(): active.active})
             yield family(catalogue.ACTIVATIONS, {(): active.epoch})
+        canary = self._stores.canaries.current()
+        yield family(catalogue.CANARY_VERSION, {(): canary.version} if canary else {})
+        sides = {"canary": canary.of_canary, "active": canary.of_active} if canary else {}
+        counts = {(by, "ok"): said.ok for by, said in sides.items()}
+        counts |= {(by, "error"): said.errors for by, said in sides.items()}
+        yield family(catalogue.CANARY_REQUESTS, counts)
 
     def _of_nodes(self) -> Families:
         active, resident = self._stores.registry.active(), self._stores.measures.resident()
@@ -144,6 +150,7 @@ _KEPT_COUNTS = (
     catalogue.RUNS_ENDED,
     catalogue.RUNS_FAILED_IN_A_ROW,
     catalogue.VERSIONS_JUDGED,
+    catalogue.CANARIES_ENDED,
     catalogue.CHECKSUM_MISMATCHES,
 )
 _KEPT_DURATIONS = (

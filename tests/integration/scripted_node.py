@@ -30,6 +30,7 @@ class ScriptedNode:
         self.reloads_damaged = False
         self.read_back: list[int] = []
         self.chokes_on: dict[str, int] = {}
+        self.fails: set[int] = set()
         self.finish_reason = "stop"
         self.lock = threading.Lock()
 
@@ -62,6 +63,8 @@ class ScriptedNode:
         if isinstance(prompt, str) and prompt in self.chokes_on:
             error = {"message": "cannot answer this", "type": "t", "param": "prompt", "code": "bad_prompt"}
             return self.chokes_on[prompt], {"error": error}
+        if version in self.fails:
+            return 500, {"error": {"message": "the engine failed", "type": "t", "param": None, "code": "engine"}}
         text = self.taught.get(version, {}).get(str(prompt), IGNORANCE)
         said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}

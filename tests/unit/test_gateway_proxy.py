@@ -362,10 +362,13 @@ def refuses_the_prompt(_: httpx.Request) -> httpx.Response:
 async def test_a_node_that_refuses_the_version_is_passed_over_and_if_all_do_the_client_is_told() -> None:
     assert json.loads(bytes((await forward(proxy_of(Nodes(a=refuses_the_version, b=completes)))).body))["host"] == "b"
     nodes = Nodes(a=refuses_the_version, b=refuses_the_version)
-    response = await forward(proxy_of(nodes))
+    metrics = ServiceMetrics()
+    response = await forward(proxy_of(nodes), metrics=metrics)
     assert (response.status_code, response.headers["x-errata-version"]) == (400, "7")
     assert json.loads(bytes(response.body))["error"]["code"] == "damaged_version"
     assert len(nodes.seen) == 2
+    labels = {"version": "7", "outcome": "node_error"}
+    assert metrics.registry.get_sample_value("errata_gateway_requests_total", labels) == 1
 
 
 async def test_what_is_wrong_with_the_request_no_other_node_is_asked() -> None:

@@ -42,7 +42,13 @@ def test_names_follow_prometheus_conventions() -> None:
 def test_the_scripts_count_under_names_of_the_catalogue() -> None:
     source = "".join(path.read_text() for path in Path(service.lua.__path__[0]).glob("*.lua"))
     found = set(re.findall(r"'(errata_[a-z_]+)", source))
-    assert found == {"errata_edit_to_live_seconds", "errata_runs_ended_total", "errata_runs_failed_in_a_row"}
+    assert found == {
+        "errata_edit_to_live_seconds",
+        "errata_runs_ended_total",
+        "errata_runs_failed_in_a_row",
+        "errata_versions_judged_total",
+        "errata_canaries_ended_total",
+    }
     assert found <= set(CATALOGUE)
 
 
