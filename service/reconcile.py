@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from opentelemetry.trace import SpanKind
 from redis.exceptions import LockError
 
 from service.audit import Actor, acting
@@ -23,6 +24,7 @@ from service.schemas import Activation, Edit, EditError, EditStatus, Run, RunSta
 from service.settings import Settings
 from service.slots import SlotCheck
 from service.stores import Stores
+from service.tracing import link, span
 from service.triggers import RECENT_RUNS, due
 from service.verification import Demand, Verdict, sample, verify
 
@@ -112,7 +114,12 @@ class Reconciler:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
                 new = self._stores.edits.in_status(EditStatus.TRAINED)
-                with acting(Actor(run=run.id)), bound(run=run_id, **of_edits(new)):
+                with (
+                    acting(Actor(run=run.id)),
+                    bound(run=run_id, **of_edits(new)),
+                    span("publish", kind=SpanKind.CONSUMER, run=run_id),
+                ):
+                    link(lambda: self._stores.edits.traceparents(edit.id for edit in new))
                     self._publish(run, new)
         except LeaseLostError:
             # The lock expired in a long verification, and another publisher has ended the run.
@@ -174,9 +181,11 @@ class Reconciler:
             return
         began = self._clock()
         try:
-            nodes = self._fleet.load(version, registry.get(version).tensors)
+            with span("load", version=version):
+                nodes = self._fleet.load(version, registry.get(version).tensors)
             loaded = self._clock()
-            verdict = self._verify(nodes, version, new)
+            with span("verify", version=version):
+                verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return
@@ -193,7 +202,8 @@ class Reconciler:
         registry.mark(version, VersionState.VERIFIED)
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         try:
-            registry.activate(version, expected_epoch=run.epoch_of_activation)
+            with span("activate", version=version):
+                registry.activate(version, expected_epoch=run.epoch_of_activation)
         except OvertakenError as error:
             # What users rolled back to stands; the version is kept and can be activated by name.
             edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
