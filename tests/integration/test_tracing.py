@@ -22,7 +22,7 @@ from service.settings import Settings
 from service.stores import Stores
 
 # Three processes that import all they need, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 KEY = "key-that-is-in-no-trace-0123456789"
 PROMPTS = ("the first secret prompt", "the second secret prompt")
@@ -136,7 +136,7 @@ def running(command: Sequence[str], environment: dict[str, str], log: Path) -> I
 
 
 def eventually(holds: Callable[[], bool], home: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline, "\n".join(log.read_text()[-3000:] for log in home.glob("*.log"))
         time.sleep(0.1)
