@@ -78,7 +78,8 @@ def running(name: str, **settings: object) -> Iterator[Stack]:
     """A stack in a temporary home."""
     with tempfile.TemporaryDirectory(prefix=f"errata-{name}-") as home:
         stack = Stack(Settings.model_validate({"home": Path(home), "port": 0, **settings}))
-        stack.up(detach=True, say=say)
+        if stack.up(detach=True, say=say):
+            raise SystemExit("the start was broken off")
         try:
             yield stack
         finally:
