@@ -1,5 +1,6 @@
 """``create_app``: the API, the gateway, and how long their parts live."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from service.api import audit, edits, events, health, metrics, runs, versions
 from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts
 from service.api.errors import install_error_handlers
-from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId
+from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import document_scopes
 from service.draining import stop_announced
 from service.events import BLOCK_S
@@ -30,8 +31,10 @@ from service.reconcile import Reconciler
 from service.settings import Settings
 from service.stores import Stores
 from service.tokens import EditChecker
+from service.tracing import configure_tracing
 
 _MAX_WAITING = 4096
+_LAST_SPANS_MS = 2000
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -41,12 +44,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         settings: what to run with; None reads the environment.
 
     Raises:
-        ValueError: a setting is unknown or wrong.
+        ValueError: a setting is unknown or wrong, or traces are to be exported otherwise than by HTTP.
         NoKeyError: it would listen where others can reach it, and there is no API key.
     """
     configure_logging(logging.INFO)
     chosen = settings or Settings.from_env()
     require_a_key(chosen)
+    tracing = configure_tracing("service")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +89,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await async_redis.aclose()
         watched.redis.close()
         stores.redis.close()
+        if tracing:
+            # The server ends by the signal that stops it, which nothing in Python outlives.
+            await asyncio.to_thread(tracing.force_flush, _LAST_SPANS_MS)
 
     app = FastAPI(
         title="Errata",
@@ -100,6 +107,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(Measured, metrics=measured)
     app.add_middleware(RequestId)
+    if tracing:
+        app.add_middleware(Traced)
     for part in (edits, versions, runs, events, audit, health, metrics, gateway):
         app.include_router(part.router)
     document_scopes(app)

@@ -1,6 +1,8 @@
 """Names of the Redis keys, one class for each noun. ``…`` stands for an id, a status, a version number or a hash."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class AuditKeys:
     audit: str = "errata:audit"  # stream that is never trimmed
 
 
-def all_keys() -> dict[str, str]:
+@cache
+def all_keys() -> Mapping[str, str]:
     """Every key by its field's name, as the scripts want them."""
     owners = (EditKeys(), VersionKeys(), RunKeys(), EventKeys(), MetricKeys(), ApiKeyKeys(), AuditKeys())
     return {name: key for owner in owners for name, key in asdict(owner).items()}

@@ -10,6 +10,7 @@ import httpx
 from service.errors import ErrataError, UnavailableError
 from service.schemas import Format
 from service.settings import Settings
+from service.tracing import outgoing
 
 _CONTROL_TIMEOUT_S = 15.0
 _ROUTES: Mapping[Format, str] = MappingProxyType({Format.RAW: "/v1/completions", Format.CHAT: "/v1/chat/completions"})
@@ -147,7 +148,7 @@ class NodeClient:
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
-            response = self._http.request(method, path, **options)
+            response = self._http.request(method, path, headers=outgoing(), **options)
         except httpx.HTTPError as error:
             raise UnavailableError(
                 f"node {self.address} does not answer: {error!r}", code="node_unavailable"

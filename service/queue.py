@@ -7,6 +7,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 
 from service.settings import Settings
+from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class TaskQueue:
 
     def _send(self, task: str, run_id: str, queue: str) -> None:
         try:
-            self._celery.send_task(task, args=[run_id], queue=queue, retry=False)
+            self._celery.send_task(task, args=[run_id], queue=queue, headers=outgoing(), retry=False)
         except OperationalError as error:
             # The run is stored; the reconciler sends a lost message again.
             log.warning("queue.not_sent", extra={"task": task, "run": run_id, "reason": repr(error)})

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from opentelemetry.trace import SpanKind
 from redis.exceptions import LockError
 
 from service.audit import Actor, acting
@@ -24,6 +25,7 @@ from service.schemas import Activation, Canary, Edit, EditError, EditStatus, Run
 from service.settings import Settings
 from service.slots import SlotCheck
 from service.stores import Stores
+from service.tracing import link, span
 from service.triggers import RECENT_RUNS, due
 from service.verification import Demand, Verdict, sample, verify
 
@@ -113,7 +115,12 @@ class Reconciler:
             run = self._stores.runs.get(run_id)
             if run.status is RunStatus.VERIFYING:
                 new = self._stores.edits.in_status(EditStatus.TRAINED)
-                with acting(Actor(run=run.id)), bound(run=run_id, **of_edits(new)):
+                with (
+                    acting(Actor(run=run.id)),
+                    bound(run=run_id, **of_edits(new)),
+                    span("publish", kind=SpanKind.CONSUMER, run=run_id),
+                ):
+                    link(lambda: self._stores.edits.traceparents(edit.id for edit in new))
                     self._publish(run, new)
         except LeaseLostError:
             # The lock expired in a long verification, and another publisher has ended the run.
@@ -197,9 +204,11 @@ class Reconciler:
         registry, edits = self._stores.registry, self._stores.edits
         began = self._clock()
         try:
-            nodes = self._fleet.load(version, registry.get(version).tensors)
+            with span("load", version=version):
+                nodes = self._fleet.load(version, registry.get(version).tensors)
             loaded = self._clock()
-            verdict = self._verify(nodes, version, new)
+            with span("verify", version=version):
+                verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
             return False
@@ -228,7 +237,8 @@ class Reconciler:
                     self._stores.canaries.begin(run, version)
                     log.info("version.canary", extra={"version": version})
                     return
-            registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=canary is not None)
+            with span("activate", version=version):
+                registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=canary is not None)
         except OvertakenError as error:
             self._overtaken(run, error)
             return

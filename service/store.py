@@ -21,6 +21,7 @@ from service.lua import Script
 from service.metrics.catalogue import EDIT_TO_LIVE
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
+from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class EditStore:
                 "idempotency": once,
                 "status": self._submitted,
                 "queue_max_edits": self._queue_max_edits,
+                **outgoing(),
             }
         )
         if answer.get("reused"):
@@ -205,6 +207,13 @@ class EditStore:
         for edit_id in edit_ids:
             pipeline.hget(self._keys.edit + edit_id, "seq")
         return [int(number) for number in pipeline.execute()]
+
+    def traceparents(self, edit_ids: Iterable[str]) -> list[str]:
+        """Where in which trace each of the edits was brought, if that was traced."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for edit_id in edit_ids:
+            pipeline.hget(self._keys.edit + edit_id, "traceparent")
+        return [kept for kept in pipeline.execute() if kept]
 
     def page(self, *, status: EditStatus | None, q: str | None, after: str | None, limit: int) -> Page[Edit]:
         """Newest first, after the given id.

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from opentelemetry.context import attach, get_current
+
 from service.answers import STOP, matches
 from service.nodes import Answer, NodeClient, NodeRefusedError
 from service.schemas import Edit, Format, FormatOutcome
@@ -72,7 +74,8 @@ def verify(
         tokens = min(max_tokens, len(edit.target.encode())) + _SPARE_TOKENS
         return {form: _outcome(node, edit, form, tokens, version=version, before=before) for form in formats}
 
-    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+    # The threads belong to the caller's trace.
+    with ThreadPoolExecutor(_CONCURRENCY, initializer=attach, initargs=(get_current(),)) as pool:
         of_new = list(pool.map(lambda edit, node: outcomes_of(edit, node, active), new, itertools.cycle(nodes)))
         of_older = list(pool.map(lambda edit, node: outcomes_of(edit, node, None), older, itertools.cycle(nodes)))
     shortfalls = (_shortfall("new", of_new, demand.min_new), _shortfall("older", of_older, demand.min_kept))

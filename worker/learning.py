@@ -13,6 +13,7 @@ from service.schemas import Edit, EditStatus, EpochLoss, Run
 from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
+from service.tracing import link
 from worker.delta import DeltaError, VersionStore
 from worker.lease import Lease
 from worker.model import BaseModel
@@ -169,6 +170,7 @@ class _Joined:
             raise EditSetChangedError
         new = [edit for edit in now.members if edit.id not in before]
         self.claim = Claim([*self.claim.members, *new], now.claimed)
+        link(lambda: self._stores.edits.traceparents(set(now.claimed) - before))
         log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))
         self._stores.runs.update(self._run, edits=len(self.claim.members), new_edits=len(now.claimed))
         return [_training_edit(edit) for edit in new]

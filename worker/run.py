@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from opentelemetry.trace import SpanKind
 from redis.exceptions import RedisError
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from service.schemas import EditCounts, EditError, Run, RunStatus, VersionState
 from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
+from service.tracing import link, span
 from worker.candidate import Candidate, EditsFault, GateRejectedError, isolate
 from worker.delta import VersionStore
 from worker.evaluation.gate import Thresholds, decide
@@ -73,7 +75,7 @@ class Trainer:
         if run is None:
             log.info("run.skipped", extra={"run": run_id})
             return
-        with bound(run=run_id):
+        with bound(run=run_id), span("run", kind=SpanKind.CONSUMER, run=run_id):
             self._under_lease(run)
 
     def _under_lease(self, run: Run) -> None:
@@ -120,6 +122,7 @@ class Trainer:
         claim = self.stores.edits.claim(run.id)
         self.stores.runs.update(run, edits=len(claim.members), new_edits=len(claim.claimed))
         bind(**of_edits(claim.new))
+        link(lambda: self.stores.edits.traceparents(claim.claimed))
         log.info("run.claimed", extra={"edits": len(claim.members)})
         if not claim.members:
             # The empty edit set is the base's.
@@ -230,5 +233,6 @@ class Trainer:
     def _phase(self, run: Run, name: str) -> Iterator[None]:
         self.stores.runs.update(run, phase=name)
         began = time.perf_counter()
-        yield
+        with span(name):
+            yield
         self.stores.runs.add_timing(run, name, time.perf_counter() - began)

@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+from celery import Task
 from celery.signals import worker_init, worker_shutting_down
 from redis.exceptions import RedisError
 
@@ -13,6 +14,7 @@ from service.logs import configure_logging
 from service.queue import TRAIN, TaskQueue, create_celery
 from service.settings import Settings
 from service.stores import Stores
+from service.tracing import configure_tracing, continued
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError, VersionStore
 from worker.evaluation.metrics import Evaluator
@@ -29,6 +31,7 @@ _HEARTBEAT_S = 3.0
 _RETRIES = 305  # of which the first five take a second together, and each of the others one
 
 configure_logging(logging.INFO)
+configure_tracing("train")
 _settings = Settings.from_env()
 _stopping = threading.Event()
 app = create_celery(_settings)
@@ -63,10 +66,11 @@ def stop(**_: Any) -> None:
     _stopping.set()
 
 
-@app.task(name=TRAIN)  # type: ignore[untyped-decorator]
-def run(run_id: str) -> None:
+@app.task(name=TRAIN, bind=True)  # type: ignore[untyped-decorator]
+def run(self: Task, run_id: str) -> None:
     """Carries out a queued run."""
-    _trainers[0].execute(run_id)
+    with continued(self.request):
+        _trainers[0].execute(run_id)
 
 
 def _trainer(stores: Stores) -> Trainer:

@@ -25,7 +25,8 @@ class Parts:
     stopping: asyncio.Event
 
 
-def _parts(request: Request) -> Parts:
+# Not a plain function: FastAPI would send every request through a thread for it.
+async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
 

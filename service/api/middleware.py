@@ -1,4 +1,4 @@
-"""ASGI middleware: a request id on every answer, no client that stalls, no body larger than the service reads."""
+"""ASGI middleware: a request id on every answer, its span, no client that stalls, no body that is too large."""
 
 import asyncio
 import json
@@ -7,12 +7,14 @@ import re
 import secrets
 import time
 
+from opentelemetry.trace import SpanKind, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ClientTooSlowError, ErrataError, TooLargeError
 from service.logs import bound
-from service.metrics.process import ServiceMetrics
+from service.metrics.process import METHODS, ServiceMetrics
+from service.tracing import continued, span
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,41 @@ class RequestId:
 
         with bound(request_id=request_id):
             await self._app(scope, receive, send_with_id)
+
+
+class Traced:
+    """Makes a span of each request, which goes on with the client's trace if it sent a ``traceparent``.
+
+    What a scraper or a probe asks for every few seconds has none.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] != "http" or scope["path"].startswith(("/health/", "/metrics")):
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        with continued(Headers(scope=scope)), span(method, kind=SpanKind.SERVER) as server:
+
+            async def send_noted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    server.set_attribute("http.response.status_code", message["status"])
+                    if message["status"] >= 500:
+                        server.set_status(StatusCode.ERROR)
+                await send(message)
+
+            server.set_attribute("http.request.method", method)
+            try:
+                await self._app(scope, receive, send_noted)
+            finally:
+                # The path itself may say anything.
+                if route := getattr(scope.get("route"), "path", None):
+                    server.update_name(f"{method} {route}")
+                    server.set_attribute("http.route", route)
+                server.set_attribute("errata.request_id", scope["state"]["request_id"])
 
 
 class Measured:

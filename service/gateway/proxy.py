@@ -14,6 +14,7 @@ from service.gateway.models import VERSION_HEADER
 from service.gateway.pool import NodePool, PoolNode
 from service.metrics.process import Passage
 from service.nodes import version_name
+from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Proxy:
         async with AsyncExitStack() as held:
             held.enter_context(node.occupied())
             try:
-                request = node.client.build_request("POST", path, json=content)
+                request = node.client.build_request("POST", path, json=content, headers=outgoing())
                 with passage.waiting():
                     upstream = await node.client.send(request, stream=True)
                 held.push_async_callback(upstream.aclose)

@@ -25,6 +25,7 @@ for _, edit in ipairs(new) do
   redis.call('HSET', keys.edit .. edit.id, 'id', edit.id, 'seq', seq, 'status', payload.status, 'record', edit.record,
     'proposer', context.actor, 'target', edit.target, 'prompt_key', edit.prompt_key, 'attempts', 0,
     'updated_at', context.now, 'accepted_at', context.now, 'request_id', context.request_id)
+  if payload.traceparent then redis.call('HSET', keys.edit .. edit.id, 'traceparent', payload.traceparent) end
   redis.call('ZADD', keys.edits, seq, edit.id)
   redis.call('ZADD', keys.edits_in .. payload.status, seq, edit.id)
   emit('edit.' .. payload.status, {id = edit.id, status = payload.status})

@@ -15,7 +15,7 @@ from service.metrics.state import Families, family, host
 # A second series for each, of when it began, which Prometheus does not read from text.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class ServiceMetrics:
@@ -39,7 +39,7 @@ class ServiceMetrics:
     def ended(self, *, method: str, route: str | None, status: int, seconds: float) -> None:
         """A request has been answered; ``route`` is its template, None for a path that no route has."""
         known = route or "none"
-        self._requests.labels(method if method in _METHODS else "other", known, str(status)).inc()
+        self._requests.labels(method if method in METHODS else "other", known, str(status)).inc()
         self._seconds.labels(known).observe(seconds)
 
     def first_byte(self, *, seconds: float, waited_s: float, streamed: bool) -> None:

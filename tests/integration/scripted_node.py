@@ -24,6 +24,7 @@ class ScriptedNode:
         self.taught: dict[int, dict[str, str]] = {}
         self.refuses: dict[int, tuple[int, str]] = {}
         self.asked: list[tuple[int, str]] = []
+        self.asked_with: list[tuple[str, dict[str, str]]] = []
         self.tensors = TENSORS
         self.slots: set[int] = set()
         self.damaged: set[int] = set()
@@ -110,6 +111,8 @@ def listening(node: ScriptedNode) -> Iterator[str]:
         def _serve(self) -> None:
             length = int(self.headers.get("content-length") or 0)
             status, body = node.answer(self.command, self.path, self.rfile.read(length))
+            if self.path.startswith("/v1/"):
+                node.asked_with.append((node.asked[-1][1], {name.lower(): self.headers[name] for name in self.headers}))
             content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")

@@ -104,6 +104,31 @@ def test_every_setting_can_come_from_the_environment(model_dir: Path) -> None:
     assert command.environ["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318/"),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://collector:4318/v1/traces"),
+    ],
+)
+def test_a_node_exports_its_spans_where_the_others_do(model_dir: Path, name: str, value: str) -> None:
+    command = build_command(flags(model_dir), {**TOKEN, name: value}, on_cpu=True)
+    assert values(command, "--otlp-traces-endpoint") == ["http://collector:4318/v1/traces"]
+    assert command.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert command.environ["OTEL_SERVICE_NAME"] == "errata-node"
+
+
+def test_without_an_endpoint_a_node_exports_nothing(model_dir: Path) -> None:
+    assert "--otlp-traces-endpoint" not in build_command(flags(model_dir), TOKEN, on_cpu=True).arguments
+
+
+def test_a_collectors_password_gets_into_no_command_line(model_dir: Path) -> None:
+    environ = {**TOKEN, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:passw0rd@collector:4318"}
+    with pytest.raises(IncompleteEnvironmentError, match="OTEL_EXPORTER_OTLP_HEADERS") as raised:
+        build_command(flags(model_dir), environ, on_cpu=True)
+    assert "passw0rd" not in str(raised.value)
+
+
 def test_vllms_own_flags_come_last(model_dir: Path) -> None:
     command = build_command([*flags(model_dir), "--", "--seed", "1"], TOKEN, on_cpu=False)
     assert command.arguments[-2:] == ["--seed", "1"]

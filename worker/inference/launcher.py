@@ -11,12 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from worker import checkpoint
 from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.fused import module_names
 
 BASE_MODEL_NAME = "base"
+_TRACES = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bo
         fingerprint=checkpoint.fingerprint(model_dir),
     )
     return Command(
-        [sys.executable, *_server_arguments(options, node, on_cpu=on_cpu), *extra],
+        [sys.executable, *_server_arguments(options, node, on_cpu=on_cpu), *_tracing(environ), *extra],
         {**environ, **_server_environ(environ, on_cpu=on_cpu), **node.variables(), TOKEN_VARIABLE: token},
     )
 
@@ -76,6 +78,18 @@ def _token(environ: Mapping[str, str]) -> str:
     if not token:
         raise IncompleteEnvironmentError(f"{TOKEN_VARIABLE} unset: a node never serves without a token")
     return token
+
+
+def _tracing(environ: Mapping[str, str]) -> list[str]:
+    """Return the flag that has vLLM export its spans where the environment says that spans go; empty if nowhere."""
+    base = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    endpoint = environ.get(_TRACES) or (f"{base.rstrip('/')}/v1/traces" if base else "")
+    if not endpoint:
+        return []
+    if "@" in urlsplit(endpoint).netloc:
+        # The flag can be read in the list of processes.
+        raise IncompleteEnvironmentError("the OTLP endpoint holds a password; OTEL_EXPORTER_OTLP_HEADERS takes it")
+    return ["--otlp-traces-endpoint", endpoint]
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -127,6 +141,9 @@ def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, st
         "VLLM_SERVER_DEV_MODE": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        # As the other processes export; vLLM's own default is gRPC. Only with an endpoint do they mean anything.
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_SERVICE_NAME": "errata-node",
     }
     if on_cpu:
         # Some samplers are compiled at their first use even with --enforce-eager: seconds in the middle of somebody's

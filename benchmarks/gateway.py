@@ -1,0 +1,72 @@
+"""Measures what the gateway costs: completions through it beside the same from the node itself.
+
+    .venv/bin/python -m benchmarks.gateway [--concurrency 1 16] [--repeats 5]
+
+Starts a stack of its own in a temporary home, and stops it. Both ways are taken in turn, each first in every other
+repetition, so that a repetition compares neighbours in time; the clients share the cores with all of it.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.load import Load, Measured, ask, running, say
+from benchmarks.report import RESULTS, Results, spread, told
+from service.nodes import authorization, version_name
+from service.schemas import Trigger
+from service.stack import Stack
+
+COLUMNS = ("at a time", "node, requests/s", "gateway, of the node's", "node, p50 ms", "p50 added, ms")
+
+
+def main() -> None:
+    """Measure each concurrency and write the table."""
+    options = _parser().parse_args()
+    results = Results(
+        options.out,
+        "What the gateway costs",
+        f"`benchmarks/gateway.py`: {told(options)}. Whole answers of the base model, by the node at `errata@0` and "
+        "through the gateway at `errata`. Medians of the repetitions, with least and most in brackets; shares and "
+        "differences are of one repetition's neighbours.",
+    )
+    results.table(COLUMNS)
+    with running("gateway", trigger=Trigger.MANUAL) as stack:
+        for row in _rows(options, stack):
+            results.add(row)
+
+
+def _rows(options: argparse.Namespace, stack: Stack) -> Iterator[list[object]]:
+    settings = stack.settings()
+    token = authorization(settings.node_token.get_secret_value())
+    ways = {"node": (settings.nodes[0], token, [version_name(0)]), "gateway": (stack.url(), {}, ["errata"])}
+    for concurrency in options.concurrency:
+        load = Load(options.requests * concurrency, concurrency, options.tokens)
+        pairs: list[dict[str, Measured]] = []
+        for repeat in range(options.repeats + 1):
+            order = list(ways) if repeat % 2 else list(ways)[::-1]
+            pair = {way: ask(*ways[way], load) for way in order}
+            shown = ", ".join(f"{way} {found.rate:.1f}/s {found.p50_ms:.1f} ms" for way, found in pair.items())
+            say(f"{concurrency} at a time, {repeat} of {options.repeats}: {shown}")
+            if repeat:  # the first one warms up
+                pairs.append(pair)
+        yield [
+            concurrency,
+            spread([pair["node"].rate for pair in pairs]),
+            spread([pair["gateway"].rate / pair["node"].rate for pair in pairs]),
+            spread([pair["node"].p50_ms for pair in pairs]),
+            spread([pair["gateway"].p50_ms - pair["node"].p50_ms for pair in pairs]),
+        ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m benchmarks.gateway")
+    options.add_argument("--concurrency", type=int, nargs="+", default=[1, 16], help="requests at a time")
+    options.add_argument("--requests", type=int, default=30, help="requests of a repetition, for each at a time")
+    options.add_argument("--tokens", type=int, default=16, help="tokens of every answer")
+    options.add_argument("--repeats", type=int, default=5, help="repetitions, behind one that warms up")
+    options.add_argument("--out", type=Path, default=RESULTS / "gateway.md", help="where the results go")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Measures what resident versions cost a node: Errata's node beside a plain vLLM, on a CPU.
+
+    .venv/bin/python -m benchmarks.node_cost --model FOLDER [--versions 3] [--repeats 5]
+
+Both servers are up at once and are asked in turn, in every other repetition the other way round, so that a
+repetition's ratio is of neighbours in time. Prompts differ in their first token, so no prefix is cached; every answer
+has the same length. Versions are the base's matrix with noise: what a matrix holds costs nothing.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import torch
+
+from benchmarks.load import Load, ask, free_port, say
+from benchmarks.report import RESULTS, Results, spread, told
+from service.nodes import authorization, version_name
+from worker.delta import VersionStore
+from worker.inference.launcher import BASE_MODEL_NAME
+from worker.model import load_base
+from worker.records import version_info
+
+TOKEN = "benchmark"
+MAX_MODEL_LEN = "512"
+_START_S = 300
+_PROMPT = " ".join(["The history of the city begins with a market at the ford of a river."] * 4)
+
+
+def main() -> None:
+    """Start both servers, ask them in turn, write the table."""
+    options = _parser().parse_args()
+    results = Results(
+        options.out,
+        "What resident versions cost a node",
+        f"`benchmarks/node_cost.py`: {told(options)}. Tokens answered per second, and the ratio to the plain server's "
+        f"of the same repetition: medians of {options.repeats}, with least and most in brackets. Both servers run "
+        "eagerly, as the CPU profile does; the clients share the cores with them.",
+    )
+    results.table(["server", "versions asked", "tokens/s", "of the plain server's"])
+    with tempfile.TemporaryDirectory(prefix="errata-node-cost-") as scratch:
+        folder = Path(scratch)
+        _write_versions(options.model, folder / "store", options.versions)
+        with _plain(options.model, folder) as plain, _node(options.model, folder) as node:
+            for row in _rows(options, plain, node):
+                results.add(row)
+
+
+def _rows(options: argparse.Namespace, plain: str, node: str) -> Iterator[list[object]]:
+    names = [version_name(number) for number in range(options.versions)]
+    cases = {("plain vLLM", 0): (plain, [BASE_MODEL_NAME])}
+    cases |= {("Errata's node", count): (node, names[:count]) for count in sorted({1, options.versions})}
+    load = Load(options.requests, options.concurrency, options.tokens)
+    rates: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for repeat in range(options.repeats + 1):
+        for case in list(cases) if repeat % 2 else list(cases)[::-1]:
+            url, models = cases[case]
+            rate = options.tokens * ask(url, authorization(TOKEN), models, load, prompt=_PROMPT).rate
+            say(f"{repeat} of {options.repeats}, {case}: {rate:.0f} tokens/s")
+            if repeat:  # the first one warms up
+                rates[case].append(rate)
+    base = rates["plain vLLM", 0]
+    for (server, versions), found in rates.items():
+        yield [server, versions or None, spread(found), spread([a / b for a, b in zip(found, base, strict=True)])]
+
+
+def _write_versions(model: Path, folder: Path, count: int) -> None:
+    base, store = load_base(str(model)), VersionStore(str(folder))
+    for number in range(count):
+        noise = torch.Generator().manual_seed(number)
+        tensors = {
+            name: tensor + 1e-3 * bool(number) * torch.randn(tensor.shape, generator=noise).to(tensor.dtype)
+            for name, tensor in base.tuned_tensors().items()
+        }
+        store.write(version_info(base, number, parent=None, run={}, metrics={}), tensors, [])
+
+
+@contextmanager
+def _plain(model: Path, folder: Path) -> Iterator[str]:
+    arguments = ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model), "--enforce-eager"]
+    arguments += ["--served-model-name", BASE_MODEL_NAME, "--host", "127.0.0.1", "--disable-uvicorn-access-log"]
+    # As the node's launcher sets them, but for the plugin.
+    environ = {"VLLM_PLUGINS": "", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with _server(arguments, environ, folder / "plain.log") as url:
+        yield url
+
+
+@contextmanager
+def _node(model: Path, folder: Path) -> Iterator[str]:
+    arguments = ["-m", "worker.inference.launcher", "--model", str(model), "--store", str(folder / "store")]
+    arguments += ["--cache", str(folder / "cache")]
+    with _server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as url:
+        yield url
+
+
+@contextmanager
+def _server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--max-model-len", MAX_MODEL_LEN, "--port", str(port)],
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", "VLLM_NO_USAGE_STATS": "1", **environ},
+            stdout=written,
+            stderr=written,
+        )
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"a server did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", headers=authorization(TOKEN)).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m benchmarks.node_cost")
+    options.add_argument("--model", required=True, type=Path, help="folder of the base model")
+    options.add_argument("--versions", type=int, default=3, help="versions that are asked at once in the last row")
+    options.add_argument("--requests", type=int, default=64, help="requests of a repetition")
+    options.add_argument("--concurrency", type=int, default=16, help="requests at a time")
+    options.add_argument("--tokens", type=int, default=64, help="tokens of every answer")
+    options.add_argument("--repeats", type=int, default=5, help="repetitions, behind one that warms up")
+    options.add_argument("--out", type=Path, default=RESULTS / "node_cost.md", help="where the results go")
+    return options
+
+
+if __name__ == "__main__":
+    main()
