@@ -3,6 +3,7 @@
 Takes objects and returns objects: no files, no stores, no clock but a stopwatch.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ class _Run:
         steps would undo unseen.
         """
         replayed = max(self._config.batch_size, len(self.sequences) - self._known_sequences)
-        return (replayed / max(replayed, self._known_sequences)) ** 0.5
+        return math.sqrt(replayed / max(replayed, self._known_sequences))
 
     def epoch(self, should_stop: Callable[[], bool]) -> EpochReport:
         """Visit what the schedule says; tells it what was found."""
