@@ -82,7 +82,7 @@ def _damaged_delta(world: World, random: Random, damage: Callable[[bytes], bytes
         for copy in world.cache.glob(f"*/{version:06d}-*"):
             shutil.rmtree(copy)
         world.forget(version)
-        until(lambda: _refused(world, version), within_s=60, what=f"the damaged version {version} is refused")
+        until(lambda: _refused(world, version), what=f"the damaged version {version} is refused")
     finally:
         path.write_bytes(good)
 

@@ -12,7 +12,7 @@ from service.queue import TRAIN_QUEUE
 from service.schemas import EditError, RunStatus
 from tests.chaos.asking import Question, ask
 from tests.chaos.traffic import SUBJECTS
-from tests.chaos.world import AT_ONCE, WithoutEffectError, World
+from tests.chaos.world import AT_ONCE, PATIENCE_S, WithoutEffectError, World
 
 _LOSING_S = 1.5
 
@@ -29,7 +29,7 @@ def tasks_delivered_again(world: World, _: Random) -> None:
 def tasks_lost(world: World, _: Random) -> None:
     """Messages to the train worker vanish from the broker."""
     deadline = time.monotonic() + _LOSING_S
-    world.ledger.submit(within_s=60)
+    world.ledger.submit(within_s=PATIENCE_S)
     while time.monotonic() < deadline:
         world.stores.redis.delete(TRAIN_QUEUE)
         time.sleep(0.02)

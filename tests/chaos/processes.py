@@ -47,7 +47,7 @@ def train_worker_asleep(world: World, _: Random) -> None:
     run = world.training()
     world.signal("train", signal.SIGSTOP)
     try:
-        until(lambda: world.stores.runs.get(run.id).finished_at is not None, within_s=60, what="the run is taken over")
+        until(lambda: world.stores.runs.get(run.id).finished_at is not None, what="the run is taken over")
         time.sleep(LEASE_S / 4)
     finally:
         world.signal("train", signal.SIGCONT)
@@ -77,7 +77,7 @@ def redis_disk_full(world: World, _: Random) -> None:
     redis = world.pid("redis")
     longest = max(path.stat().st_size for path in (world.settings.home / "redis").rglob("*.aof"))
     _limit_files(redis, longest + 7)
-    until(lambda: world.pid("redis") != redis, within_s=60, what="Redis ends, because it cannot write")
+    until(lambda: world.pid("redis") != redis, what="Redis ends, because it cannot write")
 
 
 def _limit_files(pid: int, most_bytes: int) -> None:
