@@ -66,7 +66,7 @@ def _answers(world: World) -> None:
 
 def _doctor(world: World) -> None:
     """Once repaired, nothing fails, and registry and store agree to the letter."""
-    done = world.running.errata("doctor", "--repair", "--json", timeout_s=180)
+    done = world.running.errata("doctor", "--repair", "--json", timeout_s=600)
     findings = json.loads(done.stdout or "[]")
     for finding in findings:
         if finding["level"] == "fail" or (finding["part"] in {"versions", "edits"} and finding["level"] != "ok"):

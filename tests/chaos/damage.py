@@ -61,7 +61,7 @@ def half_written_folders(world: World, _: Random) -> None:
         for folder in folders:
             folder.mkdir()
             (folder / "delta.safetensors").write_bytes(b"half")
-        done = world.running.errata("doctor", "--repair", timeout_s=180)
+        done = world.running.errata("doctor", "--repair", timeout_s=600)
         if left := [folder.name for folder in folders if folder.exists() and not (folder / "manifest.json").exists()]:
             world.notes.wrong(f"errata doctor --repair left {left}: {done.stdout}{done.stderr}")
     finally:
