@@ -54,7 +54,7 @@ def node_cache_damaged(world: World, random: Random) -> None:
 
 
 def half_written_folders(world: World, _: Random) -> None:
-    """What writers that died leave, until repair removes it: a folder by a temporary name, and one without a manifest."""
+    """What writers that died leave until repair removes it: a folder by a temporary name, one without a manifest."""
     number = max(int(path.name) for path in world.versions.iterdir() if path.name.isdecimal()) + 1
     for name in (f".{number:06d}.{uuid.uuid4().hex}", f"{number:06d}"):
         folder = world.versions / name
