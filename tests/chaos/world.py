@@ -147,8 +147,8 @@ class World:
 def world_of_its_own(home: Path, random: Random) -> Iterator[World]:
     """A stack that is started in this home, and stopped; nothing of it may stay behind."""
     running = RunningStack(home, SETTINGS)
-    running.up()
     try:
+        running.up()
         world = World(running, random)
         try:
             yield world
