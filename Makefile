@@ -5,7 +5,7 @@ MAKEFLAGS += --no-print-directory
 bin := .venv/bin
 announce = @printf '\n== %s\n'
 
-.PHONY: .venv demo test lint unit integration e2e gpu generated clean
+.PHONY: .venv demo test lint unit integration e2e gpu chaos generated clean
 
 # Phony, because a time stamp cannot tell a whole environment from half of one; the script can, in a moment.
 .venv:
@@ -35,6 +35,10 @@ lint: .venv
 unit integration e2e gpu: .venv
 	$(announce) 'pytest: $@'
 	@$(bin)/python -m pytest tests/$@
+
+# Minutes of faults under traffic; tests/e2e has a short form of it.
+chaos: .venv
+	@$(bin)/python -m tests.chaos
 
 # Files in the repository that are made from the code: the OpenAPI document and the README's table of settings.
 generated: .venv

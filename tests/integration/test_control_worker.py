@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from redis_server import RedisServer
 from scripted_node import ScriptedNode, listening
@@ -100,3 +101,12 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
     assert {line["run"] for line in lines if line["event"] == "run.ended"} == {first_run, run.id}
     assert "Traceback" not in log
     eventually(lambda: not group_lives(process.pid), within_s=5)
+
+
+def test_a_worker_that_is_killed_leaves_no_beat_behind(process: subprocess.Popen[str], stores: Stores) -> None:
+    stores.edits.submit([fact("a", "1")])
+    eventually(lambda: stores.runs.queued() is not None)
+    assert psutil.Process(process.pid).children(), "beat is a process of its own"
+    process.kill()
+    process.wait(10)
+    eventually(lambda: not group_lives(process.pid), within_s=10)
