@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # Of a single node nobody takes the place.
 _LONGEST_WAIT_S = 30.0
 
+Trouble = NodeRefusedError | UnavailableError
+
 Trained = Mapping[str, str]
 """SHA-256 of each tuned tensor of a version as it was trained, by parameter name."""
 
@@ -116,21 +118,30 @@ class Fleet:
                 self.leave_out(node, trouble)
         return holding
 
-    def heal(self, active: VersionRecord | None) -> None:
+    def heal(
+        self, active: VersionRecord | None, answers: Callable[[NodeClient, int], Trouble | None] = lambda *_: None
+    ) -> None:
         """Tells of nodes that came and went, and makes each one hold the active version.
 
-        One that is left out is taken back when it holds that version bit for bit as it was trained.
+        One that is left out is taken back when it holds that version bit for bit as it was trained, and answers as it
+        must.
+
+        Args:
+            active: the active version.
+            answers: what is wrong with the node's answer at a version, if anything.
         """
         answering = self._answering()
         self._tell({node.address for node in answering})
         resident: dict[str, list[int]] = {}
         left = left_out(self._redis)
         for node in self._due(answering):
-            trouble = None
+            trouble: Trouble | None = None
             try:
                 resident[node.address] = node.resident()
                 if active and (node.address in left or active.version not in resident[node.address]):
                     trouble = self.load_on(node, active.version, active.tensors if node.address in left else None)
+                if active and trouble is None and node.address in left:
+                    trouble = answers(node, active.version)
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
             if trouble is None:
@@ -153,9 +164,21 @@ class Fleet:
         if before is None:
             self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
 
-    def load_on(
-        self, node: NodeClient, version: int, trained: Trained | None
-    ) -> NodeRefusedError | UnavailableError | None:
+    def load_again(self, node: NodeClient, version: int, trained: Trained) -> bool:
+        """Has the node forget a version and load it anew; one that does not hold it rightly then is left out.
+
+        Raises:
+            NodeRefusedError: the node did not hold it.
+            UnavailableError: the node does not answer.
+        """
+        node.evict(version)
+        if trouble := self.load_on(node, version, trained):
+            self.leave_out(node, trouble)
+            return False
+        log.info("slot.loaded_again", extra={"node": node.address, "version": version})
+        return True
+
+    def load_on(self, node: NodeClient, version: int, trained: Trained | None) -> Trouble | None:
         """What kept the node from holding the version, bit for bit as it was trained; None if nothing did."""
         try:
             self._measures.observe(VERSION_LOAD_SECONDS, node.prefetch(version))

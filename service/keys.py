@@ -22,6 +22,7 @@ class VersionKeys:
     version: str = "errata:version:"  # … number: JSON record
     versions: str = "errata:versions"  # sorted set of committed numbers
     version_edits: str = "errata:version_edits:"  # … number: bitmap over the edits' sequence numbers
+    version_sure: str = "errata:version_sure:"  # … number: bitmap of the edits that a node answered surely right
     version_seq: str = "errata:versions:seq"  # last number given
     active: str = "errata:active"  # hash: version, previous, epoch
 

@@ -42,6 +42,8 @@ class Answer:
 
     text: str
     finish_reason: str
+    margin: float = 0.0
+    """Least lead of one of its tokens over the second likely one, in nats of log-probability; 0 if not known."""
 
 
 class NodeClient:
@@ -128,12 +130,12 @@ class NodeClient:
         """
         body: dict[str, Any] = {"model": version_name(version), "max_tokens": max_tokens, **_GREEDY}
         if form is Format.RAW:
-            body["prompt"] = prompt
+            body |= {"prompt": prompt, "logprobs": 2}
         else:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body |= {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 2}
         choice = self._call("POST", _ROUTES[form], json=body, timeout=self._timeout_s)["choices"][0]
         text = choice["text"] if form is Format.RAW else choice["message"]["content"]
-        return Answer(text or "", choice["finish_reason"])
+        return Answer(text or "", choice["finish_reason"], _margin(choice.get("logprobs") or {}))
 
     def _held(self) -> list[dict[str, Any]]:
         held: list[dict[str, Any]] = self._call("GET", "/errata/versions")["resident"]
@@ -166,3 +168,12 @@ class NodeClient:
         if response.status_code >= 500 and code != "load_failed":
             raise UnavailableError(f"node {self.address}: {message}", code="node_unavailable")
         raise NodeRefusedError(f"node {self.address}: {message}", code=code)
+
+
+def _margin(logprobs: Mapping[str, Any]) -> float:
+    """The margin of an answer with these log-probabilities, of completions or of chat completions."""
+    of_chat = [[token["logprob"] for token in step["top_logprobs"]] for step in logprobs.get("content") or ()]
+    steps = of_chat or [[*step.values()] for step in logprobs.get("top_logprobs") or ()]
+    # Two tokens that are spelled alike are one entry of a completion's: who leads by how much is not known there.
+    ranked = [sorted(step, reverse=True) for step in steps]
+    return min((step[0] - step[1] if len(step) > 1 else 0.0 for step in ranked), default=0.0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from redis.exceptions import LockError
 
+from service.answer_check import AnswerCheck
 from service.audit import Actor, acting
 from service.errors import ConflictError, NotFoundError, UnavailableError
 from service.fleet import Fleet
@@ -53,6 +54,9 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._slots = SlotCheck(self._fleet, stores, every_s=settings.node_check_s)
+        self._answers = AnswerCheck(
+            self._fleet, stores, every_s=settings.answer_check_s, max_tokens=settings.edit_max_tokens
+        )
         self._looked_at = clock()
 
     @property
@@ -130,12 +134,13 @@ class Reconciler:
     def tick(self) -> None:
         """One look at everything; called every few seconds."""
         active = self._stores.registry.active()
-        self._fleet.heal(self._stores.registry.get(active.active) if active else None)
+        self._fleet.heal(self._stores.registry.get(active.active) if active else None, self._answers.trouble)
         self._stores.edits.settle()
         self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
         self._slots.look()
+        self._answers.look()
         self._looked_at = self._clock()
 
     def pull(self) -> None:
@@ -190,6 +195,7 @@ class Reconciler:
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return
+        registry.record_sure(version, edits.sequences(verdict.sure))
         registry.mark(version, VersionState.VERIFIED)
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         try:

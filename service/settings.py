@@ -67,6 +67,11 @@ class Settings(BaseModel):
     node_check_s: float = Field(
         default=60.0, gt=0, description="A node's slots are read back in turn, one every so many seconds"
     )
+    answer_check_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Each node is asked one verified edit every so many seconds, and its answer compared; 0: never",
+    )
     max_model_len: int = Field(default=2048, ge=64, description="Context length of the embedded node, tokens")
 
     trigger: Trigger = Field(default=Trigger.IMMEDIATE, description="What starts runs")

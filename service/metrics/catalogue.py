@@ -112,6 +112,13 @@ VERSION_LOAD_SECONDS = Metric(
 CHECKSUM_MISMATCHES = Metric(
     "counter", "errata_checksum_mismatches_total", "Versions that a node held otherwise than they were trained"
 )
+ANSWERS_CHECKED = Metric(
+    "counter",
+    "errata_answers_checked_total",
+    "Answers of nodes that were compared with what verification recorded, by outcome: right, wrong",
+    ["outcome"],
+    kept=("right", "wrong"),
+)
 NODES_READY = Metric("gauge", "errata_nodes_ready", "Nodes that answer the gateway")
 NODE_READY = Metric("gauge", "errata_node_ready", "1 if the node answers the gateway", ["node"])
 NODE_RESIDENT = Metric(

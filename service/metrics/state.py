@@ -145,6 +145,7 @@ _KEPT_COUNTS = (
     catalogue.RUNS_FAILED_IN_A_ROW,
     catalogue.VERSIONS_JUDGED,
     catalogue.CHECKSUM_MISMATCHES,
+    catalogue.ANSWERS_CHECKED,
 )
 _KEPT_DURATIONS = (
     catalogue.EDIT_TO_LIVE,

@@ -27,10 +27,12 @@ class ScriptedNode:
         self.tensors = TENSORS
         self.slots: set[int] = set()
         self.damaged: set[int] = set()
+        self.garbled: set[int] = set()
         self.reloads_damaged = False
         self.read_back: list[int] = []
         self.chokes_on: dict[str, int] = {}
         self.finish_reason = "stop"
+        self.margins: dict[str, float] = {}
         self.lock = threading.Lock()
 
     def client(self, address: str = "http://node") -> NodeClient:
@@ -63,7 +65,17 @@ class ScriptedNode:
             error = {"message": "cannot answer this", "type": "t", "param": "prompt", "code": "bad_prompt"}
             return self.chokes_on[prompt], {"error": error}
         text = self.taught.get(version, {}).get(str(prompt), IGNORANCE)
-        said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
+        if version in self.garbled:
+            text = IGNORANCE
+        steps = [-0.01, -0.01 - self.margins.get(str(prompt), 5.0)]
+        said: dict[str, object]
+        if path == "/v1/completions":
+            likely = dict(zip(("first", "second"), steps, strict=True))
+            said = {"text": text, "logprobs": {"top_logprobs": [likely]} if body.get("logprobs") == 2 else None}
+        else:
+            content = [{"top_logprobs": [{"logprob": step} for step in steps[: body.get("top_logprobs", 0)]]}]
+            said = {"message": {"role": "assistant", "content": text}}
+            said["logprobs"] = {"content": content} if body.get("logprobs") else None
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
 
     def _about_versions(self, method: str, path: str) -> tuple[int, object]:
@@ -86,6 +98,7 @@ class ScriptedNode:
         self.slots.discard(version)
         if not self.reloads_damaged:
             self.damaged.discard(version)
+            self.garbled.discard(version)
         return 204, None
 
     def _prefetch(self, version: int) -> tuple[int, object]:
