@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from service.events import EventStream
 from service.keys import NodeKeys
 from service.metrics.catalogue import CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
-from service.nodes import NodeClient, NodeRefusedError
+from service.nodes import Held, NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 
 log = logging.getLogger(__name__)
@@ -132,13 +132,14 @@ class Fleet:
         """
         answering = self._answering()
         self._tell({node.address for node in answering})
-        resident: dict[str, list[int]] = {}
+        held: dict[str, list[Held]] = {}
         left = left_out(self._redis)
         for node in self._due(answering):
             trouble: Trouble | None = None
             try:
-                resident[node.address] = node.resident()
-                if active and (node.address in left or active.version not in resident[node.address]):
+                held[node.address] = node.held()
+                lacks = active and active.version not in {one.version for one in held[node.address]}
+                if active and (node.address in left or lacks):
                     trouble = self.load_on(node, active.version, active.tensors if node.address in left else None)
                 if active and trouble is None and node.address in left:
                     trouble = answers(node, active.version)
@@ -151,7 +152,15 @@ class Fleet:
             else:
                 # It may be busy, or the version store away for a moment: it goes on serving what it holds.
                 log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
-        self._measures.tick(self._clock(), resident)
+        self._measures.tick(self._clock(), held)
+
+    def pin(self, versions: Collection[int]) -> None:
+        """Has the serving nodes keep these versions in slots, and no others. What a node cannot keep is told of."""
+        for node in self.serving():
+            try:
+                self._pin_on(node, set(versions))
+            except (NodeRefusedError, UnavailableError) as error:
+                log.warning("node.not_pinned", extra={"node": node.address, "reason": error.message})
 
     def leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
         """Has the node serve nothing until it holds the active version as it was trained."""
@@ -190,6 +199,15 @@ class Fleet:
         return NodeRefusedError(
             f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
         )
+
+    def _pin_on(self, node: NodeClient, versions: set[int]) -> None:
+        held = node.held()
+        for version in versions.difference(one.version for one in held):
+            if trouble := self.load_on(node, version, None):
+                log.warning("node.not_pinned", extra={"node": node.address, "reason": trouble.message})
+                versions = versions - {version}
+        if {one.version for one in held if one.pinned} != versions:
+            node.pin(versions)
 
     def _answering(self) -> list[NodeClient]:
         return [node for node in self._nodes if node.ready()]

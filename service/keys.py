@@ -61,7 +61,7 @@ class MetricKeys:
     """Keys that Measures owns."""
 
     metrics: str = "errata:metrics"  # hash: counters and histograms' buckets, by metric and labels
-    nodes: str = "errata:metrics:nodes"  # hash: the versions that a node held, by its address
+    held: str = "errata:metrics:held"  # hash: JSON of the versions that a node held, by its address
     ticked: str = "errata:metrics:ticked"  # when the control worker last looked, Unix seconds
 
 

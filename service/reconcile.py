@@ -135,6 +135,7 @@ class Reconciler:
         """One look at everything; called every few seconds."""
         active = self._stores.registry.active()
         self._fleet.heal(self._stores.registry.get(active.active) if active else None, self._answers.trouble)
+        self._fleet.pin(self._to_be_pinned())
         self._stores.edits.settle()
         self._take_over_lost_run()
         self.pull()
@@ -181,6 +182,7 @@ class Reconciler:
         try:
             nodes = self._fleet.load(version, registry.get(version).tensors)
             loaded = self._clock()
+            self._fleet.pin(self._to_be_pinned())
             verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
             self._reject(run, version, EditError(code=error.code, message=error.message))
@@ -206,6 +208,14 @@ class Reconciler:
             self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
             return
         self._complete(run)
+
+    def _to_be_pinned(self) -> set[int]:
+        """The active version, the one before it, and the candidate."""
+        active, run = self._stores.registry.active(), self._stores.runs.current()
+        found = {active.active, active.previous} if active else set()
+        if run and run.status is RunStatus.VERIFYING:
+            found.add(run.version)
+        return {version for version in found if version is not None}
 
     def _give_up_in_time(self, run: Run, error: UnavailableError) -> None:
         """No node verified the version for so long that other edits must not wait for it any more."""

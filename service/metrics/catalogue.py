@@ -1,6 +1,6 @@
 """Every metric: its name, kind, labels and meaning. docs/observability.md's table is generated from it.
 
-No label holds an id; ``version`` is one of the few that were asked for last.
+No label holds an id; ``version`` is one of the few that were asked for last, or that a node holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,6 +126,12 @@ NODE_RESIDENT = Metric(
     "errata_node_resident_versions",
     "Versions that the node holds, as the control worker saw",
     ["node"],
+)
+VERSION_BYTES = Metric(
+    "gauge",
+    "errata_version_bytes",
+    "Memory that a version takes on a node, on the device or in host memory, as the control worker saw",
+    ["node", "version", "memory"],
 )
 NODE_ACTIVE = Metric(
     "gauge",
