@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,13 +22,15 @@ from service.events import EventStream
 from service.keys import NodeKeys
 from service.metrics.catalogue import CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
-from service.nodes import NodeClient, NodeRefusedError
+from service.nodes import Held, NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 
 log = logging.getLogger(__name__)
 
 # Of a single node nobody takes the place.
 _LONGEST_WAIT_S = 30.0
+
+Trouble = NodeRefusedError | UnavailableError
 
 Trained = Mapping[str, str]
 """SHA-256 of each tuned tensor of a version as it was trained, by parameter name."""
@@ -116,36 +118,58 @@ class Fleet:
                 self.leave_out(node, trouble)
         return holding
 
-    def heal(self, active: VersionRecord | None, canary: int | None = None) -> None:
+    def heal(
+        self,
+        active: VersionRecord | None,
+        canary: int | None = None,
+        answers: Callable[[NodeClient, int], Trouble | None] = lambda *_: None,
+    ) -> None:
         """Tells of nodes that came and went, and makes each one hold the active version and the canary.
 
-        One that is left out is taken back when it holds the active version bit for bit as it was trained.
+        One that is left out is taken back when it holds the active version bit for bit as it was trained, and answers
+        as it must.
+
+        Args:
+            active: the active version.
+            canary: the canary's number, if there is one.
+            answers: what is wrong with the node's answer at a version, if anything.
         """
         answering = self._answering()
         self._tell({node.address for node in answering})
-        resident: dict[str, list[int]] = {}
+        held: dict[str, list[Held]] = {}
         left = left_out(self._redis)
         for node in self._due(answering):
-            trouble = None
+            trouble: Trouble | None = None
             try:
-                resident[node.address] = node.resident()
-                if active and (node.address in left or active.version not in resident[node.address]):
+                held[node.address] = node.held()
+                holds = {one.version for one in held[node.address]}
+                if active and (node.address in left or active.version not in holds):
                     trouble = self.load_on(node, active.version, active.tensors if node.address in left else None)
+                if active and trouble is None and node.address in left:
+                    trouble = answers(node, active.version)
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
             if trouble is None:
                 self._take_back(node)
-                self._hold(node, canary, resident[node.address])
+                self._hold(node, canary, holds)
             elif isinstance(trouble, NodeRefusedError):
                 self.leave_out(node, trouble)
             else:
                 # It may be busy, or the version store away for a moment: it goes on serving what it holds.
                 log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
-        self._measures.tick(self._clock(), resident)
+        self._measures.tick(self._clock(), held)
 
-    def _hold(self, node: NodeClient, canary: int | None, resident: Sequence[int]) -> None:
+    def pin(self, versions: Collection[int]) -> None:
+        """Has the serving nodes keep these versions in slots, and no others. What a node cannot keep is told of."""
+        for node in self.serving():
+            try:
+                self._pin_on(node, set(versions))
+            except (NodeRefusedError, UnavailableError) as error:
+                log.warning("node.not_pinned", extra={"node": node.address, "reason": error.message})
+
+    def _hold(self, node: NodeClient, canary: int | None, holds: Collection[int]) -> None:
         """Has the node hold the canary. One that refuses it serves on: perhaps it is the canary that is at fault."""
-        if canary is None or canary in resident:
+        if canary is None or canary in holds:
             return
         if trouble := self.load_on(node, canary, None):
             log.error("node.without_canary", extra={"node": node.address, "reason": trouble.message})
@@ -161,9 +185,21 @@ class Fleet:
         if before is None:
             self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
 
-    def load_on(
-        self, node: NodeClient, version: int, trained: Trained | None
-    ) -> NodeRefusedError | UnavailableError | None:
+    def load_again(self, node: NodeClient, version: int, trained: Trained) -> bool:
+        """Has the node forget a version and load it anew; one that does not hold it rightly then is left out.
+
+        Raises:
+            NodeRefusedError: the node did not hold it.
+            UnavailableError: the node does not answer.
+        """
+        node.evict(version)
+        if trouble := self.load_on(node, version, trained):
+            self.leave_out(node, trouble)
+            return False
+        log.info("slot.loaded_again", extra={"node": node.address, "version": version})
+        return True
+
+    def load_on(self, node: NodeClient, version: int, trained: Trained | None) -> Trouble | None:
         """What kept the node from holding the version, bit for bit as it was trained; None if nothing did."""
         try:
             self._measures.observe(VERSION_LOAD_SECONDS, node.prefetch(version))
@@ -175,6 +211,15 @@ class Fleet:
         return NodeRefusedError(
             f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
         )
+
+    def _pin_on(self, node: NodeClient, versions: set[int]) -> None:
+        held = node.held()
+        for version in versions.difference(one.version for one in held):
+            if trouble := self.load_on(node, version, None):
+                log.warning("node.not_pinned", extra={"node": node.address, "reason": trouble.message})
+                versions = versions - {version}
+        if {one.version for one in held if one.pinned} != versions:
+            node.pin(versions)
 
     def _answering(self) -> list[NodeClient]:
         return [node for node in self._nodes if node.ready()]

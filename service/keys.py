@@ -24,6 +24,7 @@ class VersionKeys:
     version: str = "errata:version:"  # … number: JSON record
     versions: str = "errata:versions"  # sorted set of committed numbers
     version_edits: str = "errata:version_edits:"  # … number: bitmap over the edits' sequence numbers
+    version_sure: str = "errata:version_sure:"  # … number: bitmap of the edits that a node answered surely right
     version_seq: str = "errata:versions:seq"  # last number given
     active: str = "errata:active"  # hash: version, previous, epoch, and the canary if there is one
     canary: str = "errata:canary"  # hash: version, since, and how requests ended meanwhile; there is one or none
@@ -63,7 +64,7 @@ class MetricKeys:
     """Keys that Measures owns."""
 
     metrics: str = "errata:metrics"  # hash: counters and histograms' buckets, by metric and labels
-    nodes: str = "errata:metrics:nodes"  # hash: the versions that a node held, by its address
+    held: str = "errata:metrics:held"  # hash: JSON of the versions that a node held, by its address
     ticked: str = "errata:metrics:ticked"  # when the control worker last looked, Unix seconds
 
 

@@ -1,7 +1,7 @@
 """NodeClient: what a node holds, prefetch, ask. One object for one vLLM server; synchronous, for the reconciler."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -43,6 +43,26 @@ class Answer:
 
     text: str
     finish_reason: str
+    margin: float = 0.0
+    """Least lead of one of its tokens over the second likely one, in nats of log-probability; 0 if not known."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version that a node holds.
+
+    Attributes:
+        slot: its device slot; None if it is in host memory only.
+        pinned: it keeps its slot whatever else is asked for.
+        device_bytes: what its slot takes, on all of the node's devices together.
+        host_bytes: what it takes in host memory.
+    """
+
+    version: int
+    slot: int | None
+    pinned: bool
+    device_bytes: int
+    host_bytes: int
 
 
 class NodeClient:
@@ -73,13 +93,27 @@ class NodeClient:
         except httpx.HTTPError:
             return False
 
+    def held(self) -> list[Held]:
+        """The versions that the node holds.
+
+        Raises:
+            UnavailableError: the node does not answer.
+        """
+        answer = self._call("GET", "/errata/versions")
+        try:
+            return [Held(**{field.name: entry[field.name] for field in fields(Held)}) for entry in answer["resident"]]
+        except (KeyError, TypeError) as error:
+            raise UnavailableError(
+                f"node {self.address} does not say what it holds", code="node_unavailable"
+            ) from error
+
     def resident(self) -> list[int]:
         """Numbers of the versions that the node holds.
 
         Raises:
             UnavailableError: the node does not answer.
         """
-        return [entry["version"] for entry in self._held()]
+        return [held.version for held in self.held()]
 
     def in_slots(self) -> list[int]:
         """Numbers of the versions that are on the node's device, not in its host memory only.
@@ -87,7 +121,16 @@ class NodeClient:
         Raises:
             UnavailableError: the node does not answer.
         """
-        return [entry["version"] for entry in self._held() if entry["slot"] is not None]
+        return [held.version for held in self.held() if held.slot is not None]
+
+    def pin(self, versions: Collection[int]) -> None:
+        """Has the node keep these versions in slots, and no others.
+
+        Raises:
+            NodeRefusedError: it does not hold one of them, or has too few slots.
+            UnavailableError: the node does not answer, or requests under way need the slots.
+        """
+        self._send("PUT", "/errata/versions/pins", params={"version": sorted(versions)})
 
     def prefetch(self, version: int) -> float:
         """Makes the node hold a version; returns the seconds that loading took.
@@ -129,16 +172,12 @@ class NodeClient:
         """
         body: dict[str, Any] = {"model": version_name(version), "max_tokens": max_tokens, **_GREEDY}
         if form is Format.RAW:
-            body["prompt"] = prompt
+            body |= {"prompt": prompt, "logprobs": 2}
         else:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body |= {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 2}
         choice = self._call("POST", _ROUTES[form], json=body, timeout=self._timeout_s)["choices"][0]
         text = choice["text"] if form is Format.RAW else choice["message"]["content"]
-        return Answer(text or "", choice["finish_reason"])
-
-    def _held(self) -> list[dict[str, Any]]:
-        held: list[dict[str, Any]] = self._call("GET", "/errata/versions")["resident"]
-        return held
+        return Answer(text or "", choice["finish_reason"], _margin(choice.get("logprobs") or {}))
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
@@ -167,3 +206,12 @@ class NodeClient:
         if response.status_code >= 500 and code != "load_failed":
             raise UnavailableError(f"node {self.address}: {message}", code="node_unavailable")
         raise NodeRefusedError(f"node {self.address}: {message}", code=code)
+
+
+def _margin(logprobs: Mapping[str, Any]) -> float:
+    """The margin of an answer with these log-probabilities, of completions or of chat completions."""
+    of_chat = [[token["logprob"] for token in step["top_logprobs"]] for step in logprobs.get("content") or ()]
+    steps = of_chat or [[*step.values()] for step in logprobs.get("top_logprobs") or ()]
+    # Two tokens that are spelled alike are one entry of a completion's: who leads by how much is not known there.
+    ranked = [sorted(step, reverse=True) for step in steps]
+    return min((step[0] - step[1] if len(step) > 1 else 0.0 for step in ranked), default=0.0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from opentelemetry.trace import SpanKind
 from redis.exceptions import LockError
 
+from service.answer_check import AnswerCheck
 from service.audit import Actor, acting
 from service.canary import judge
 from service.errors import ConflictError, NotFoundError, UnavailableError
@@ -56,6 +57,9 @@ class Reconciler:
         self._settings = settings
         self._clock = clock
         self._slots = SlotCheck(self._fleet, stores, every_s=settings.node_check_s)
+        self._answers = AnswerCheck(
+            self._fleet, stores, every_s=settings.answer_check_s, max_tokens=settings.edit_max_tokens
+        )
         self._looked_at = clock()
 
     @property
@@ -139,12 +143,14 @@ class Reconciler:
         """One look at everything; called every few seconds."""
         active = self._stores.registry.active()
         record = self._stores.registry.get(active.active) if active else None
-        self._fleet.heal(record, active.canary if active else None)
+        self._fleet.heal(record, active.canary if active else None, self._answers.trouble)
+        self._fleet.pin(self._to_be_pinned())
         self._stores.edits.settle()
         self._take_over_lost_run()
         self.pull()
         self._resend_lost_message()
         self._slots.look()
+        self._answers.look()
         self._looked_at = self._clock()
 
     def pull(self) -> None:
@@ -207,6 +213,7 @@ class Reconciler:
             with span("load", version=version):
                 nodes = self._fleet.load(version, registry.get(version).tensors)
             loaded = self._clock()
+            self._fleet.pin(self._to_be_pinned())
             with span("verify", version=version):
                 verdict = self._verify(nodes, version, new)
         except NodeRefusedError as error:
@@ -222,6 +229,7 @@ class Reconciler:
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return False
+        registry.record_sure(version, edits.sequences(verdict.sure))
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         return True
 
@@ -248,6 +256,14 @@ class Reconciler:
         """What users rolled back to stands; the version is kept and can be activated by name."""
         self._stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
         self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
+
+    def _to_be_pinned(self) -> set[int]:
+        """The active version, the one before it, and the candidate."""
+        active, run = self._stores.registry.active(), self._stores.runs.current()
+        found = {active.active, active.previous} if active else set()
+        if run and run.status is RunStatus.VERIFYING:
+            found.add(run.version)
+        return {version for version in found if version is not None}
 
     def _give_up_in_time(self, run: Run, error: UnavailableError) -> None:
         """No node verified the version for so long that other edits must not wait for it any more."""

@@ -209,7 +209,20 @@ class VersionRegistry:
 
     def members(self, number: int) -> list[int]:
         """Sequence numbers of a version's edit set, ascending."""
-        return _bits(self._bitmap(number))
+        return _bits(self._bitmap(f"{self._keys.version_edits}{number}"))
+
+    def record_sure(self, number: int, sequences: Sequence[int]) -> None:
+        """Keeps which edits, by sequence number, verification saw answered right by a margin at a version."""
+        key = f"{self._keys.version_sure}{number}"
+        pipeline = self._redis.pipeline()
+        pipeline.delete(key)
+        for sequence in sequences:
+            pipeline.setbit(key, sequence, 1)
+        pipeline.execute()
+
+    def sure(self, number: int) -> list[int]:
+        """Sequence numbers that were recorded so, ascending; none for a version that was never verified."""
+        return _bits(self._bitmap(f"{self._keys.version_sure}{number}"))
 
     def containing(self, sequence: int) -> list[int]:
         """Numbers of the versions whose edit set has this sequence number, ascending."""
@@ -231,8 +244,7 @@ class VersionRegistry:
             sets.append(set(self.members(number)))
         return sorted(sets[0] - sets[1]), sorted(sets[1] - sets[0])
 
-    def _bitmap(self, number: int) -> bytes:
-        key = f"{self._keys.version_edits}{number}"
+    def _bitmap(self, key: str) -> bytes:
         raw = self._redis.execute_command("GET", key, **{NEVER_DECODE: True})
         return cast(bytes | None, raw) or b""
 

@@ -15,6 +15,7 @@ _PREFIX = "ERRATA_"
 _FILE = "_FILE"
 _SECRETS = ("api_key", "node_token", "redis_url")
 _MIN_KEY_CHARS = 32
+_MOST_PINS = 3
 
 
 class Settings(BaseModel):
@@ -57,7 +58,9 @@ class Settings(BaseModel):
     node_token: SecretStr = Field(
         default=SecretStr(""), description="Token that the nodes demand; the embedded stack makes its own"
     )
-    node_slots: int = Field(default=4, ge=2, description="Versions that a node holds on its device at once")
+    node_slots: int = Field(
+        default=4, description="Versions that a node holds on its device at once, of which up to three are pinned"
+    )
     node_host_slots: int = Field(default=16, ge=2, description="Versions that a node holds in host memory")
     node_cache: str = Field(default="", description="A node's folder for verified local copies of versions")
     node_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait for one answer of a node, seconds")
@@ -66,6 +69,11 @@ class Settings(BaseModel):
     )
     node_check_s: float = Field(
         default=60.0, gt=0, description="A node's slots are read back in turn, one every so many seconds"
+    )
+    answer_check_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Each node is asked one verified edit every so many seconds, and its answer compared; 0: never",
     )
     max_model_len: int = Field(default=2048, ge=64, description="Context length of the embedded node, tokens")
 
@@ -206,7 +214,12 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _slots_are_in_host_memory_too(self) -> Self:
+    def _slots_suffice(self) -> Self:
+        if self.node_slots <= _MOST_PINS:
+            raise ValueError(
+                f"node_slots must be more than {_MOST_PINS}: the active version, the one before and the candidate are"
+                " pinned, and any other needs a slot too"
+            )
         if self.node_slots > self.node_host_slots:
             raise ValueError("node_slots must be at most node_host_slots")
         return self

@@ -68,9 +68,4 @@ class SlotCheck:
         log.error("slot.damaged", extra={"node": node.address, "version": version, "tensors": differing})
         self._stores.measures.count(CHECKSUM_MISMATCHES)
         self._stores.events.append("node.slot_damaged", {"address": node.address, "version": version})
-        node.evict(version)
-        trouble = self._fleet.load_on(node, version, trained)
-        if trouble is None:
-            log.info("slot.loaded_again", extra={"node": node.address, "version": version})
-        else:
-            self._fleet.leave_out(node, trouble)
+        self._fleet.load_again(node, version, trained)

@@ -15,6 +15,8 @@ from service.schemas import Edit, Format, FormatOutcome
 _CONCURRENCY = 16
 # Room for a wrong answer to show itself; a right one has at most one token for each byte, and its end.
 _SPARE_TOKENS = 8
+# In nats. What else is in the batch moves a log-probability by some tenths in bfloat16.
+_SURE_MARGIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,20 @@ class Verdict:
     Attributes:
         outcomes: by edit id, for the new edits.
         reasons: why the version must not become active; empty if it may.
+        sure: ids of edits, the new ones if any, that were answered right in every format and by a margin.
     """
 
     outcomes: Mapping[str, Mapping[Format, FormatOutcome]]
     reasons: Sequence[str]
+    sure: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a node said to an edit in one format, and the margin of its answer."""
+
+    outcome: FormatOutcome
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -70,19 +82,28 @@ def verify(
         UnavailableError: a node stopped answering.
     """
 
-    def outcomes_of(edit: Edit, node: NodeClient, before: int | None) -> dict[Format, FormatOutcome]:
-        tokens = min(max_tokens, len(edit.target.encode())) + _SPARE_TOKENS
-        return {form: _outcome(node, edit, form, tokens, version=version, before=before) for form in formats}
+    def asked(edit: Edit, node: NodeClient, before: int | None) -> dict[Format, Asked]:
+        tokens = tokens_for(edit, max_tokens)
+        return {form: _ask(node, edit, form, tokens, version=version, before=before) for form in formats}
 
     # The threads belong to the caller's trace.
     with ThreadPoolExecutor(_CONCURRENCY, initializer=attach, initargs=(get_current(),)) as pool:
-        of_new = list(pool.map(lambda edit, node: outcomes_of(edit, node, active), new, itertools.cycle(nodes)))
-        of_older = list(pool.map(lambda edit, node: outcomes_of(edit, node, None), older, itertools.cycle(nodes)))
+        of_new = list(pool.map(lambda edit, node: asked(edit, node, active), new, itertools.cycle(nodes)))
+        of_older = list(pool.map(lambda edit, node: asked(edit, node, None), older, itertools.cycle(nodes)))
     shortfalls = (_shortfall("new", of_new, demand.min_new), _shortfall("older", of_older, demand.min_kept))
     return Verdict(
-        outcomes={edit.id: outcomes for edit, outcomes in zip(new, of_new, strict=True)},
+        outcomes={
+            edit.id: {form: one.outcome for form, one in found.items()} for edit, found in zip(new, of_new, strict=True)
+        },
         reasons=[reason for reason in shortfalls if reason],
+        # Only the new ones tell a version from the one before.
+        sure=_sure(new, of_new) or _sure(older, of_older),
     )
+
+
+def tokens_for(edit: Edit, max_tokens: int) -> int:
+    """How long an answer to the edit may become, a wrong one included."""
+    return min(max_tokens, len(edit.target.encode())) + _SPARE_TOKENS
 
 
 def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
@@ -90,17 +111,24 @@ def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
     return random.Random(seed).sample(list(edits), min(size, len(edits)))  # noqa: S311 - not a secret
 
 
-def _outcome(
-    node: NodeClient, edit: Edit, form: Format, tokens: int, *, version: int, before: int | None
-) -> FormatOutcome:
+def _sure(edits: Sequence[Edit], found: Sequence[Mapping[Format, Asked]]) -> list[str]:
+    return [
+        edit.id
+        for edit, by_form in zip(edits, found, strict=True)
+        if by_form and all(one.outcome.matched and one.margin >= _SURE_MARGIN for one in by_form.values())
+    ]
+
+
+def _ask(node: NodeClient, edit: Edit, form: Format, tokens: int, *, version: int, before: int | None) -> Asked:
     earlier = None if before is None else _answer(node, before, edit, form, tokens)
     after = _answer(node, version, edit, form, tokens)
-    return FormatOutcome(
+    outcome = FormatOutcome(
         matched=matches(after.text, edit.target, finished=after.finish_reason == STOP),
         before=earlier.text.strip() if earlier else None,
         after=after.text.strip(),
         finish_reason=after.finish_reason,
     )
+    return Asked(outcome, after.margin)
 
 
 def _answer(node: NodeClient, version: int, edit: Edit, form: Format, tokens: int) -> Answer:
@@ -111,8 +139,8 @@ def _answer(node: NodeClient, version: int, edit: Edit, form: Format, tokens: in
         return Answer(error.message, error.code)
 
 
-def _shortfall(name: str, group: Sequence[Mapping[Format, FormatOutcome]], least: float) -> str | None:
-    matched = sum(all(outcome.matched for outcome in outcomes.values()) for outcomes in group)
+def _shortfall(name: str, group: Sequence[Mapping[Format, Asked]], least: float) -> str | None:
+    matched = sum(all(one.outcome.matched for one in by_form.values()) for by_form in group)
     if not group or matched / len(group) >= least:
         return None
     return f"{matched} of {len(group)} {name} edits answered right; the least share is {least:g}"

@@ -1,6 +1,6 @@
 """Every metric: its name, kind, labels and meaning. docs/observability.md's table is generated from it.
 
-No label holds an id; ``version`` is one of the few that were asked for last.
+No label holds an id; ``version`` is one of the few that were asked for last, or that a node holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,6 +126,13 @@ VERSION_LOAD_SECONDS = Metric(
 CHECKSUM_MISMATCHES = Metric(
     "counter", "errata_checksum_mismatches_total", "Versions that a node held otherwise than they were trained"
 )
+ANSWERS_CHECKED = Metric(
+    "counter",
+    "errata_answers_checked_total",
+    "Answers of nodes that were compared with what verification recorded, by outcome: right, wrong",
+    ["outcome"],
+    kept=("right", "wrong"),
+)
 NODES_READY = Metric("gauge", "errata_nodes_ready", "Nodes that answer the gateway")
 NODE_READY = Metric("gauge", "errata_node_ready", "1 if the node answers the gateway", ["node"])
 NODE_RESIDENT = Metric(
@@ -133,6 +140,12 @@ NODE_RESIDENT = Metric(
     "errata_node_resident_versions",
     "Versions that the node holds, as the control worker saw",
     ["node"],
+)
+VERSION_BYTES = Metric(
+    "gauge",
+    "errata_version_bytes",
+    "Memory that a version takes on a node, on the device or in host memory, as the control worker saw",
+    ["node", "version", "memory"],
 )
 NODE_ACTIVE = Metric(
     "gauge",

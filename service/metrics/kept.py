@@ -4,9 +4,11 @@ A field is ``name|label|…``; a histogram's are ``…|bound`` (not cumulative) 
 of state is added in its own script (service/lua/prelude.lua) or pipeline; ``Measures`` adds the rest.
 """
 
+import json
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import cast
 
 from redis import Redis
@@ -14,6 +16,7 @@ from redis.exceptions import RedisError
 
 from service.keys import MetricKeys
 from service.metrics.catalogue import Metric
+from service.nodes import Held
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +61,12 @@ class Measures:
         """Adds one duration to a histogram."""
         self._try(lambda: observe(self._redis, metric, seconds, *labels))
 
-    def tick(self, at: float, resident: Mapping[str, list[int]]) -> None:
+    def tick(self, at: float, held: Mapping[str, Sequence[Held]]) -> None:
         """Keeps when the control worker looked, and the versions that each node then held, by its address."""
         pipeline = self._redis.pipeline()
-        pipeline.delete(self._keys.nodes)
-        for address, versions in resident.items():
-            pipeline.hset(self._keys.nodes, address, ",".join(map(str, versions)))
+        pipeline.delete(self._keys.held)
+        for address, versions in held.items():
+            pipeline.hset(self._keys.held, address, json.dumps([asdict(version) for version in versions]))
         pipeline.set(self._keys.ticked, round(at, 3))
         self._try(pipeline.execute)
 
@@ -72,10 +75,10 @@ class Measures:
         raw = cast(str | None, self._redis.get(self._keys.ticked))
         return float(raw) if raw else None
 
-    def resident(self) -> dict[str, list[int]]:
+    def held(self) -> dict[str, list[Held]]:
         """The versions that each node held when the control worker last looked, by its address."""
-        rows = cast(dict[str, str], self._redis.hgetall(self._keys.nodes))
-        return {address: [int(number) for number in text.split(",") if number] for address, text in rows.items()}
+        rows = cast(dict[str, str], self._redis.hgetall(self._keys.held))
+        return {address: [Held(**version) for version in json.loads(text)] for address, text in rows.items()}
 
     def kept(self) -> dict[str, float]:
         """Every field of the hash."""

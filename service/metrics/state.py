@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from service.metrics import catalogue, kept
 from service.metrics.catalogue import WAITING, Metric
+from service.nodes import Held
 from service.queue import CONTROL_QUEUE, TRAIN_QUEUE
 from service.schemas import Run, RunStatus
 from service.stores import Stores
@@ -92,13 +93,26 @@ class StateCollector(Collector):
         yield family(catalogue.CANARY_REQUESTS, counts)
 
     def _of_nodes(self) -> Families:
-        active, resident = self._stores.registry.active(), self._stores.measures.resident()
+        active, held = self._stores.registry.active(), self._stores.measures.held()
         if (ticked_at := self._stores.measures.ticked_at()) is not None:
             yield family(catalogue.CONTROL_TICK, {(): ticked_at})
-        yield family(catalogue.NODE_RESIDENT, {(host(node),): len(held) for node, held in resident.items()})
+        yield family(catalogue.NODE_RESIDENT, {(host(node),): len(versions) for node, versions in held.items()})
+        yield family(catalogue.VERSION_BYTES, _bytes(held))
         if active:
-            holds = {(host(node),): float(active.active in held) for node, held in resident.items()}
+            holds = {
+                (host(node),): float(active.active in {version.version for version in versions})
+                for node, versions in held.items()
+            }
             yield family(catalogue.NODE_ACTIVE, holds)
+
+
+def _bytes(held: Mapping[str, Iterable[Held]]) -> dict[tuple[str, str, str], float]:
+    found: dict[tuple[str, str, str], float] = {}
+    for address, versions in held.items():
+        for version in versions:
+            found[host(address), str(version.version), "device"] = version.device_bytes
+            found[host(address), str(version.version), "host"] = version.host_bytes
+    return found
 
 
 def host(address: str) -> str:
@@ -152,6 +166,7 @@ _KEPT_COUNTS = (
     catalogue.VERSIONS_JUDGED,
     catalogue.CANARIES_ENDED,
     catalogue.CHECKSUM_MISMATCHES,
+    catalogue.ANSWERS_CHECKED,
 )
 _KEPT_DURATIONS = (
     catalogue.EDIT_TO_LIVE,

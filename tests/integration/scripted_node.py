@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 
@@ -27,12 +28,17 @@ class ScriptedNode:
         self.asked_with: list[tuple[str, dict[str, str]]] = []
         self.tensors = TENSORS
         self.slots: set[int] = set()
+        self.pinned: set[int] = set()
+        self.pins: list[list[int]] = []
+        self.most_pins = 4
         self.damaged: set[int] = set()
+        self.garbled: set[int] = set()
         self.reloads_damaged = False
         self.read_back: list[int] = []
         self.chokes_on: dict[str, int] = {}
         self.fails: set[int] = set()
         self.finish_reason = "stop"
+        self.margins: dict[str, float] = {}
         self.lock = threading.Lock()
 
     def client(self, address: str = "http://node") -> NodeClient:
@@ -44,7 +50,7 @@ class ScriptedNode:
     def handle(self, request: httpx.Request) -> httpx.Response:
         if not self.ready:
             raise httpx.ConnectError("refused", request=request)
-        status, body = self.answer(request.method, request.url.path, request.content)
+        status, body = self.answer(request.method, request.url.raw_path.decode(), request.content)
         return httpx.Response(status, json=body)
 
     def answer(self, method: str, path: str, content: bytes) -> tuple[int, object]:
@@ -67,18 +73,48 @@ class ScriptedNode:
         if version in self.fails:
             return 500, {"error": {"message": "the engine failed", "type": "t", "param": None, "code": "engine"}}
         text = self.taught.get(version, {}).get(str(prompt), IGNORANCE)
-        said = {"text": text} if path == "/v1/completions" else {"message": {"role": "assistant", "content": text}}
+        if version in self.garbled:
+            text = IGNORANCE
+        steps = [-0.01, -0.01 - self.margins.get(str(prompt), 5.0)]
+        said: dict[str, object]
+        if path == "/v1/completions":
+            likely = dict(zip(("first", "second"), steps, strict=True))
+            said = {"text": text, "logprobs": {"top_logprobs": [likely]} if body.get("logprobs") == 2 else None}
+        else:
+            content = [{"top_logprobs": [{"logprob": step} for step in steps[: body.get("top_logprobs", 0)]]}]
+            said = {"message": {"role": "assistant", "content": text}}
+            said["logprobs"] = {"content": content} if body.get("logprobs") else None
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
 
     def _about_versions(self, method: str, path: str) -> tuple[int, object]:
+        if "/pins" in path:
+            return self._pin([int(number) for number in parse_qs(urlsplit(path).query).get("version", [])])
         if path.endswith("/prefetch"):
             return self._prefetch(int(path.split("/")[-2]))
         if path.endswith("/checksum"):
             return 200, self._checksum(int(path.split("/")[-2]))
         if method == "DELETE":
             return self._evict(int(path.rpartition("/")[2]))
-        held = [(version, 0 if version in self.slots else None) for version in sorted(self.resident)]
-        return 200, {"resident": [{"version": version, "slot": slot} for version, slot in held]}
+        return 200, {"resident": [self._held(version) for version in sorted(self.resident)]}
+
+    def _held(self, version: int) -> dict[str, object]:
+        in_slot = version in self.slots
+        return {
+            "version": version,
+            "slot": 0 if in_slot else None,
+            "pinned": version in self.pinned,
+            "device_bytes": 10 if in_slot else 0,
+            "host_bytes": 30,
+            "sha256": None,
+        }
+
+    def _pin(self, versions: list[int]) -> tuple[int, object]:
+        if len(versions) >= self.most_pins or not self.resident.issuperset(versions):
+            error = {"message": "cannot pin", "type": "t", "param": "version", "code": "too_many_pins"}
+            return 409, {"error": error}
+        self.pinned = set(versions)
+        self.pins.append(sorted(versions))
+        return 204, None
 
     def _checksum(self, version: int) -> dict[str, object]:
         self.read_back.append(version)
@@ -88,8 +124,10 @@ class ScriptedNode:
     def _evict(self, version: int) -> tuple[int, object]:
         self.resident.discard(version)
         self.slots.discard(version)
+        self.pinned.discard(version)
         if not self.reloads_damaged:
             self.damaged.discard(version)
+            self.garbled.discard(version)
         return 204, None
 
     def _prefetch(self, version: int) -> tuple[int, object]:
@@ -120,7 +158,7 @@ def listening(node: ScriptedNode) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = _serve  # noqa: N815 - the names that http.server looks for
+        do_GET = do_POST = do_PUT = _serve  # noqa: N815 - the names that http.server looks for
 
         def log_message(self, format: str, *args: object) -> None:
             pass

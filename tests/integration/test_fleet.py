@@ -188,3 +188,34 @@ def test_every_process_knows_who_is_left_out(stores: Stores, nodes: list[Scripte
     nodes[0].refuses[7] = DAMAGED
     fleet_of(stores, nodes, clock).load(7)
     assert addresses(fleet_of(stores, nodes, clock)) == ["http://node1", "http://node2"]
+
+
+def test_what_is_to_keep_its_slot_is_loaded_and_pinned_once(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    fleet = fleet_of(stores, nodes, clock)
+    for _ in range(2):
+        fleet.pin({0, 7})
+    assert [(node.pins, node.resident) for node in nodes] == [([[0, 7]], {0, 7})] * 3
+    fleet.pin({7, 8})
+    assert [node.pinned for node in nodes] == [{7, 8}] * 3
+
+
+def test_a_version_that_a_node_cannot_hold_does_not_cost_the_others_their_pins(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    nodes[0].refuses[7] = DAMAGED
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.pin({0, 7})
+    assert [node.pinned for node in nodes] == [{0}, {0, 7}, {0, 7}]
+    assert len(addresses(fleet)) == 3, "what nobody must hold costs no node its service"
+
+
+def test_a_node_with_too_few_slots_is_told_of_and_the_others_pin(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes[0].most_pins = 2
+    fleet_of(stores, nodes, clock).pin({0, 7})
+    assert [node.pinned for node in nodes] == [set(), {0, 7}, {0, 7}]
+    [told] = [record for record in caplog.records if record.message == "node.not_pinned"]
+    assert told.__dict__["node"] == "http://node0"

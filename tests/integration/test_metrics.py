@@ -154,6 +154,8 @@ def test_every_metric_is_there_after_a_life_of_edits(
             f'errata_node_ready{{node="{where}"}}': 1,
             f'errata_node_resident_versions{{node="{where}"}}': 2,
             f'errata_node_holds_active_version{{node="{where}"}}': 1,
+            f'errata_version_bytes{{memory="device",node="{where}",version="1"}}': 10,
+            f'errata_version_bytes{{memory="host",node="{where}",version="0"}}': 30,
             'errata_http_requests_total{method="POST",route="/versions/{number}/activate",status="202"}': 1,
             'errata_gateway_requests_total{outcome="ok",version="1"}': 1,
             "errata_gateway_overhead_seconds_count": 1,

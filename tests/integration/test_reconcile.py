@@ -556,7 +556,7 @@ class TestTick:
         node.refuses[version] = (409, "damaged_version")
         node.resident = set()
         reconciler.tick()
-        assert (node.resident, other.resident) == (set(), {version}), "one node's trouble is not the other's"
+        assert (node.resident, other.resident) == (set(), {0, version}), "one node's trouble is not the other's"
 
     def test_a_node_that_is_away_does_not_stop_the_others(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
@@ -686,3 +686,20 @@ class TestTriggers:
 @pytest.fixture
 def queue_length(stores: Stores) -> Callable[[], int]:
     return lambda: int(stores.redis.llen(TRAIN_QUEUE))
+
+
+class TestPins:
+    def test_the_candidate_the_active_version_and_the_one_before_keep_their_slots(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        reconciler.tick()
+        assert node.pinned == {0}
+        for number in (1, 2):
+            submit(stores, (f"{number}", "1"))
+            assert published(stores, worker, reconciler) == number
+        assert node.pins == [[0], [0, 1], [0, 1, 2]], "each candidate before it is asked"
+        reconciler.tick()
+        assert node.pinned == {1, 2}
+        reconciler.roll_back(0)
+        reconciler.tick()
+        assert node.pinned == {0, 2}

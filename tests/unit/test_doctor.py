@@ -205,7 +205,8 @@ def test_a_node_is_read_back(read_back: httpx.Response, level: Level) -> None:
     def node(request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/checksum"):
             return read_back
-        return httpx.Response(200, json={"resident": [{"version": 0}, {"version": 1}]})
+        where = {"slot": 0, "pinned": True, "device_bytes": 1, "host_bytes": 1}
+        return httpx.Response(200, json={"resident": [{"version": 0, **where}, {"version": 1, **where}]})
 
     client = NodeClient("http://n", token="t", timeout_s=5, transport=httpx.MockTransport(node))
     found = look_at_node(client, record(1))

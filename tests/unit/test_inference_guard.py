@@ -19,6 +19,7 @@ OPEN = [
     ("GET", "/errata/versions"),
     ("GET", "/errata/versions/7/checksum"),
     ("POST", "/errata/versions/7/prefetch"),
+    ("PUT", "/errata/versions/pins"),
     ("DELETE", "/errata/versions/7"),
 ]
 ROUTING = {

@@ -6,10 +6,11 @@ import pytest
 from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
-from worker.inference.residents import ResidentVersions
+from worker.inference.residents import NotResidentError, ResidentVersions
+from worker.inference.turns import Turns
 
 Q, K = "model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight"
-HOST_SLOTS = 3
+SLOTS, HOST_SLOTS = 3, 3
 
 
 @dataclass
@@ -18,9 +19,17 @@ class Engine:
 
     held: list[int]
     parameters: list[list[str]] = field(default_factory=list)
+    pinned: list[int] = field(default_factory=list)
+    ranks: int = 1
 
-    async def collective_rpc(self, method: str) -> list[object]:
-        return {"errata_slots": [dict.fromkeys(self.held)], "errata_parameters": self.parameters}[method]
+    async def collective_rpc(self, method: str, args: tuple[list[int]] = ([],)) -> list[object]:
+        if method == "errata_pin":
+            if missing := [adapter for adapter in args[0] if adapter not in self.held]:
+                return [missing] * self.ranks
+            self.pinned = args[0]
+            return [[]] * self.ranks
+        use = {adapter: (None if at else 0, 0 if at else 10, 30) for at, adapter in enumerate(self.held)}
+        return {"errata_slots": [use] * self.ranks, "errata_parameters": self.parameters}[method]
 
     async def remove_lora(self, lora_id: int) -> None:
         self.held.remove(lora_id)
@@ -36,9 +45,11 @@ class Models:
         del self.lora_requests[request.lora_name]
 
 
-def residents(held: list[int], named: list[int], parameters: list[list[str]] | None = None) -> ResidentVersions:
+def residents(
+    held: list[int], named: list[int], parameters: list[list[str]] | None = None, ranks: int = 1
+) -> ResidentVersions:
     models = Models({f"errata@{number}": LoRARequest(f"errata@{number}", number, "/adapter") for number in named})
-    return ResidentVersions(Engine(held, parameters or []), models, HOST_SLOTS)
+    return ResidentVersions(Engine(held, parameters or [], ranks=ranks), models, Turns(SLOTS), HOST_SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +77,36 @@ async def test_parameters_that_vllm_does_not_hold_or_holds_besides_stop_the_node
 @pytest.mark.parametrize("ranks", [[[Q, K]], [[], [Q, K]], [[Q], [K]], [[Q, K], [Q, K]]])
 async def test_every_parameter_on_one_rank_is_enough(ranks: list[list[str]]) -> None:
     await residents([], [], ranks).check_parameters({K, Q})
+
+
+async def test_room_is_not_made_of_what_is_pinned() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    await versions.pin({2})
+    assert versions._engine.pinned == [2]
+    await versions.make_room()
+    assert versions._engine.held == [2, 3]
+
+
+async def test_what_is_not_loaded_cannot_be_pinned_and_changes_nothing() -> None:
+    versions = residents([1, 2], [1, 2, 3])
+    await versions.pin({1})
+    for missing in (3, 4):
+        with pytest.raises(NotResidentError, match=f"version {missing} "):
+            await versions.pin({1, missing})
+    assert (versions._engine.pinned, [found.pinned for found in await versions.list(checksum=False)]) == (
+        [1],
+        [True, False],
+    )
+
+
+async def test_an_evicted_version_is_pinned_no_more() -> None:
+    versions = residents([1, 2], [1, 2])
+    await versions.pin({1, 2})
+    await versions.evict(1)
+    assert versions._turns.pinned == {2}
+
+
+async def test_memory_is_that_of_all_ranks() -> None:
+    first, second = await residents([1, 2], [1, 2], ranks=3).list(checksum=False)
+    assert (first.slot, first.device_bytes, first.host_bytes) == (0, 30, 90)
+    assert (second.slot, second.device_bytes, second.host_bytes) == (None, 0, 90)

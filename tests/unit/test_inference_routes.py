@@ -18,6 +18,7 @@ from worker.inference.guard import TokenGuard
 from worker.inference.residents import LoadFailedError, NotResidentError, Resident
 from worker.inference.resolver import VersionRefusedError
 from worker.inference.routes import VersionRoutes
+from worker.inference.turns import SlotsInUseError, TooManyPinsError
 
 
 @dataclass
@@ -26,9 +27,16 @@ class Holder:
 
     failure: Exception | None = None
     held: list[int] = field(default_factory=list)
+    pinned: set[int] = field(default_factory=set)
+
+    async def pin(self, versions: set[int]) -> None:
+        if self.failure:
+            raise self.failure
+        self.pinned = versions
 
     async def list(self, *, checksum: bool) -> list[Resident]:
-        return [Resident(version, 0, {"w": "00"} if checksum else None) for version in self.held]
+        sha256 = {"w": "00"} if checksum else None
+        return [Resident(version, 0, version in self.pinned, 10, 30, sha256) for version in self.held]
 
     async def prefetch(self, version: int) -> None:
         if self.failure:
@@ -71,6 +79,9 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+RESIDENT = {"version": 7, "slot": 0, "pinned": False, "device_bytes": 10, "host_bytes": 30, "sha256": None}
+
+
 async def test_a_version_comes_and_goes(client: httpx.AsyncClient) -> None:
     loaded = await client.post("/errata/versions/7/prefetch")
     assert loaded.status_code == 200
@@ -80,10 +91,14 @@ async def test_a_version_comes_and_goes(client: httpx.AsyncClient) -> None:
         "fingerprint": "a" * 64,
         "location": "model.down",
         "slots": 2,
-        "resident": [{"version": 7, "slot": 0, "sha256": None}],
+        "resident": [RESIDENT],
     }
     read_back = (await client.get("/errata/versions", params={"checksum": "true"})).json()
-    assert read_back["resident"] == [{"version": 7, "slot": 0, "sha256": {"w": "00"}}]
+    assert read_back["resident"] == [{**RESIDENT, "sha256": {"w": "00"}}]
+    assert (await client.put("/errata/versions/pins", params={"version": [7]})).status_code == 204
+    assert (await client.get("/errata/versions")).json()["resident"] == [{**RESIDENT, "pinned": True}]
+    assert (await client.put("/errata/versions/pins")).status_code == 204
+    assert (await client.get("/errata/versions")).json()["resident"] == [RESIDENT]
     assert (await client.get("/errata/versions/7/checksum")).json() == {"version": 7, "tensors": {"w": "00"}}
     evicted = await client.delete("/errata/versions/7")
     assert (evicted.status_code, evicted.content) == (204, b"")
@@ -134,6 +149,30 @@ async def test_an_engine_that_cannot_load_is_a_server_error(client: httpx.AsyncC
     assert response.json()["error"]["type"] == "server_error"
 
 
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (TooManyPinsError("why"), 409, "too_many_pins"),
+        (SlotsInUseError("why"), 503, "slots_in_use"),
+        (NotResidentError(7), 404, "not_resident"),
+    ],
+)
+async def test_pins_that_cannot_be_are_refused(
+    client: httpx.AsyncClient, holder: Holder, failure: Exception, status: int, code: str
+) -> None:
+    holder.failure = failure
+    response = await client.put("/errata/versions/pins", params={"version": [7]})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("versions", [["-1"], ["1", "x"], [str(2**53 + 1)]])
+async def test_pins_that_make_no_sense_are_refused_in_the_one_shape(
+    client: httpx.AsyncClient, versions: list[str]
+) -> None:
+    response = await client.put("/errata/versions/pins", params={"version": versions})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_value")
+
+
 NUMBERS = st.integers(0, 2**53).map(str) | st.sampled_from(
     ["7", "-1", "007", "1.0", str(2**53 + 1), "9" * 4000, "9" * 5000, "\u0663", "%00", "%2F", "7%0A", "", "x"]
 )
@@ -170,7 +209,9 @@ def test_whatever_is_asked_is_answered_or_refused_in_the_one_shape(
     @given(
         route=st.tuples(st.sampled_from(["GET", "POST", "DELETE", "PUT"]), NUMBERS, st.sampled_from(["", "/"]))
         | st.tuples(st.just("GET"), NUMBERS, st.just("/checksum"))
-        | st.tuples(st.just("POST"), NUMBERS, st.just("/prefetch")),
+        | st.tuples(st.just("POST"), NUMBERS, st.just("/prefetch"))
+        | st.tuples(st.just("PUT"), st.just("pins"), st.just(""))
+        | st.just(("GET", "", "")),
         query=st.sampled_from(["", "?checksum=true", "?checksum=maybe", "?checksum", "?version=1"]),
         body=st.binary(max_size=20) | st.just(b'{"version": []}'),
     )

@@ -172,6 +172,7 @@ def test_what_must_wake_somebody_is_watched() -> None:
         "ErrataVersionRejected",
         "ErrataRedisAway",
         "ErrataChecksumMismatch",
+        "ErrataWrongAnswer",
         "ErrataGatewayErrors",
     }
 

@@ -60,6 +60,11 @@ def test_a_version_on_the_device_is_in_host_memory_too() -> None:
         Settings.from_env({"ERRATA_NODE_HOST_SLOTS": "3"})
 
 
+def test_a_slot_is_left_beside_the_pinned_ones() -> None:
+    with pytest.raises(ValidationError, match="node_slots must be more than 3: the active version, the one before"):
+        Settings.from_env({"ERRATA_NODE_SLOTS": "3"})
+
+
 @pytest.mark.parametrize(
     ("store", "url"),
     [("", "/state/versions"), ("/a", "/a"), ("b", f"{Path.cwd()}/b"), ("s3://bucket/c", "s3://bucket/c")],

@@ -21,6 +21,7 @@ _OPEN = re.compile(
     r"|POST /v1/(chat/)?completions"
     r"|GET /errata/versions(/[0-9]+/checksum)?"
     r"|POST /errata/versions/[0-9]+/prefetch"
+    r"|PUT /errata/versions/pins"
     r"|DELETE /errata/versions/[0-9]+"
 )
 

@@ -1,9 +1,21 @@
 """What the engine's workers say about the versions they hold; reached by name through `collective_rpc`."""
 
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from worker.delta import tensor_sha256
 from worker.inference.layer import VersionedLinear
+
+
+class SlotUse(NamedTuple):
+    """Where a version is on one rank, and what it takes there. Plain numbers, for the way between processes."""
+
+    slot: int | None
+    """None: in host memory only."""
+    device_bytes: int
+    host_bytes: int
 
 
 class SlotReader:
@@ -21,11 +33,31 @@ class SlotReader:
                 raise TypeError(f"{name} cannot hold versions: vLLM makes it a {type(module).__name__}")
         return [parameter for module in modules.values() for parameter in module.tuned]
 
-    def errata_slots(self) -> dict[int, int | None]:
-        """Return the slot of every loaded version, the least recently used first; None: in host memory only."""
+    def errata_slots(self) -> dict[int, tuple[int | None, int, int]]:
+        """Return the `SlotUse` of every loaded version, the least recently used first."""
         manager = self._errata_manager()
         slots = {adapter: index for index, adapter in enumerate(manager.lora_index_to_id) if adapter is not None}
-        return {adapter: slots.get(adapter) for adapter in manager.list_adapters()}
+        slot_bytes = sum(module.slots[0].nbytes for module in manager.modules.values())
+        return {
+            adapter: (slots.get(adapter), slot_bytes if adapter in slots else 0, _host_bytes(model))
+            for adapter, model in manager.list_adapters().items()
+        }
+
+    def errata_pin(self, adapters: Collection[int]) -> list[int]:
+        """Put these versions, fewer than there are slots, into slots that they keep, and let all others be evicted.
+
+        Return those that are not loaded; if there are any, nothing is changed.
+        """
+        manager = self._errata_manager()
+        loaded = manager.list_adapters()
+        if missing := [adapter for adapter in adapters if adapter not in loaded]:
+            return missing
+        # vLLM pins and never unpins.
+        for cache in (manager._registered_adapters, manager._active_adapters):
+            cache.pinned_items.intersection_update(adapters)
+        for adapter in adapters:
+            manager.pin_adapter(adapter)
+        return []
 
     def errata_checksums(self, adapter: int, activate: bool) -> dict[str, str] | None:
         """Return the sha256 by the checkpoint's parameter names of a version's matrices as they are in its slot.
@@ -48,3 +80,16 @@ class SlotReader:
 
     def _errata_manager(self) -> Any:
         return self.get_model().lora_manager  # type: ignore[attr-defined]  # of the worker this is mixed into
+
+
+def _host_bytes(model: Any) -> int:
+    return sum(tensor.nbytes for lora in model.loras.values() for tensor in _tensors((lora.lora_a, lora.lora_b)))
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """The tensors in what vLLM keeps of an adapter's layer: one, or of a fused layer a list with holes."""
+    if isinstance(held, Tensor):
+        yield held
+    elif held is not None:
+        for part in held:
+            yield from _tensors(part)

@@ -1,6 +1,6 @@
 """The versions that a node holds: load one, read one back, evict one."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -8,7 +8,9 @@ from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from worker.inference.readback import SlotUse
 from worker.inference.resolver import VersionRefusedError, model_name, version_of
+from worker.inference.turns import Turns
 
 
 class NotResidentError(Exception):
@@ -24,10 +26,16 @@ class LoadFailedError(Exception):
 
 @dataclass(frozen=True)
 class Resident:
-    """One loaded version: in device slot `slot`, or in host memory only when that is None."""
+    """One loaded version: in device slot `slot`, or in host memory only when that is None.
+
+    Bytes are those of all ranks together.
+    """
 
     version: int
     slot: int | None
+    pinned: bool
+    device_bytes: int
+    host_bytes: int
     sha256: dict[str, str] | None
     """By parameter name, read back from the slot; None unless asked for, or without a slot."""
 
@@ -35,9 +43,10 @@ class Resident:
 class ResidentVersions:
     """What the server and its engine hold between them."""
 
-    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, host_slots: int) -> None:
+    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, turns: Turns, host_slots: int) -> None:
         self._engine = engine
         self._models = models
+        self._turns = turns
         self._host_slots = host_slots
 
     async def check_parameters(self, parameters: Collection[str]) -> None:
@@ -55,14 +64,23 @@ class ResidentVersions:
 
     async def list(self, *, checksum: bool) -> list[Resident]:
         """Return the loaded versions, ascending. With `checksum`, read back those that are in a slot."""
-        slots = await self._slots()
+        ranks = await self._ranks()
+        # Every rank holds the same versions in the same slots.
+        slots = ranks[0]
         loaded = {
             version: request.lora_int_id
             for name, request in self._models.lora_requests.items()
             if (version := version_of(name)) is not None and request.lora_int_id in slots
         }
         return [
-            Resident(version, slots[adapter], await self._read_back(adapter, activate=False) if checksum else None)
+            Resident(
+                version,
+                slots[adapter].slot,
+                adapter in self._turns.pinned,
+                sum(rank[adapter].device_bytes for rank in ranks),
+                sum(rank[adapter].host_bytes for rank in ranks),
+                await self._read_back(adapter, activate=False) if checksum else None,
+            )
             for version, adapter in sorted(loaded.items())
         ]
 
@@ -91,6 +109,23 @@ class ResidentVersions:
             raise NotResidentError(version)
         return found
 
+    async def pin(self, versions: Collection[int]) -> None:
+        """Have these versions, and no others, keep their slots whatever else is asked for.
+
+        Raises NotResidentError, TooManyPinsError, or SlotsInUseError when requests under way need the slots.
+        """
+        requests = {version: self._models.lora_requests.get(model_name(version)) for version in versions}
+        adapters = {request.lora_int_id: version for version, request in requests.items() if request}
+        for version in set(versions).difference(adapters.values()):
+            raise NotResidentError(version)
+
+        async def tell_engine(wanted: list[int]) -> None:
+            ranks: list[list[int]] = await self._engine.collective_rpc("errata_pin", args=(wanted,))
+            for missing in ranks[0]:
+                raise NotResidentError(adapters[missing])
+
+        await self._turns.pin(adapters, tell_engine)
+
     async def evict(self, version: int) -> None:
         """Forget a version, in server and engine; requests in flight finish on it. Raises NotResidentError."""
         name = model_name(version)
@@ -99,9 +134,10 @@ class ResidentVersions:
             raise NotResidentError(version)
         await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         await self._engine.remove_lora(request.lora_int_id)
+        self._turns.forget(request.lora_int_id)
 
     async def make_room(self) -> None:
-        """Evict the least recently used version if host memory is full.
+        """Evict the least recently used version that is not pinned if host memory is full.
 
         The engine would do so by itself, but the server would go on knowing the name, and the engine would read the
         version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
@@ -109,18 +145,20 @@ class ResidentVersions:
         place free, and the engine then does evict; the next load makes the server forget that name.
         """
         known = dict(self._models.lora_requests)  # before the engine is asked: what is loaded meanwhile is in no doubt
-        slots = await self._slots()
-        oldest = next(iter(slots)) if len(slots) >= self._host_slots else None
+        slots = (await self._ranks())[0]
+        free = (adapter for adapter in slots if adapter not in self._turns.pinned)
+        oldest = next(free) if len(slots) >= self._host_slots else None
         for name, request in known.items():
             if request.lora_int_id == oldest or request.lora_int_id not in slots:
                 await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         if oldest is not None:
             await self._engine.remove_lora(oldest)
 
-    async def _slots(self) -> dict[int, int | None]:
-        # Every rank holds the same versions in the same slots.
-        ranks: list[dict[int, int | None]] = await self._engine.collective_rpc("errata_slots")
-        return ranks[0]
+    async def _ranks(self) -> Sequence[Mapping[int, SlotUse]]:
+        return [
+            {adapter: SlotUse(*use) for adapter, use in rank.items()}
+            for rank in await self._engine.collective_rpc("errata_slots")
+        ]
 
     async def _read_back(self, adapter: int, *, activate: bool) -> dict[str, str] | None:
         ranks: list[dict[str, str] | None] = await self._engine.collective_rpc(

@@ -10,10 +10,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import Field
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.lora.resolver import LoRAResolverRegistry
@@ -31,6 +32,7 @@ from worker.delta import (
 from worker.inference.environment import NodeEnvironment
 from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
 from worker.inference.resolver import RESOLVER, VersionRefusedError, VersionResolver
+from worker.inference.turns import SlotsInUseError, TooManyPinsError, Turns
 
 
 class _Route(APIRoute):
@@ -58,7 +60,9 @@ _ANSWERS: dict[type[Exception], tuple[int, str]] = {
     DamagedDeltaError: (409, "damaged_version"),
     WrongBaseError: (409, "wrong_base"),
     WrongShapeError: (409, "wrong_shape"),
+    TooManyPinsError: (409, "too_many_pins"),
     LoadFailedError: (500, "load_failed"),
+    SlotsInUseError: (503, "slots_in_use"),
     StoreUnavailableError: (503, "store_unavailable"),
 }
 
@@ -69,7 +73,8 @@ def _residents(request: Request) -> ResidentVersions:
 
 
 Residents = Annotated[ResidentVersions, Depends(_residents)]
-Version = Annotated[int, Path(ge=0, le=2**53)]
+Number = Annotated[int, Field(ge=0, le=2**53)]
+Version = Annotated[Number, Path()]
 
 
 @router.get("")
@@ -79,6 +84,12 @@ async def list_versions(request: Request, residents: Residents, checksum: bool =
         **request.app.state.errata_identity,
         "resident": [asdict(resident) for resident in await residents.list(checksum=checksum)],
     }
+
+
+@router.put("/pins", status_code=204)
+async def pin(residents: Residents, version: Annotated[set[Number], Query(default_factory=set)]) -> None:
+    """Have these loaded versions, and no others, keep their slots whatever else is asked for."""
+    await residents.pin(version)
 
 
 @router.post("/{version}/prefetch")
@@ -132,13 +143,15 @@ class VersionRoutes:
         """Add the routes and the answers to refusals."""
         app.include_router(router)
         app.add_exception_handler(VersionRefusedError, _on_refused_request)
-        for error in (DeltaError, NotResidentError, LoadFailedError):
+        for error in (DeltaError, NotResidentError, LoadFailedError, TooManyPinsError, SlotsInUseError):
             app.add_exception_handler(error, _on_route_error)
 
     async def init_state(self, engine_client: EngineClient, state: State, args: Namespace) -> None:
         """Connect the routes to the engine. Fails, and with it the server, if the tuned layers cannot hold versions."""
         assert isinstance(engine_client, AsyncLLM)  # noqa: S101  the one engine of vLLM's server
-        residents = ResidentVersions(engine_client, state.openai_serving_models, args.max_cpu_loras)
+        turns = Turns(args.max_loras)
+        engine_client.generate = turns.in_turn(engine_client.generate)  # type: ignore[method-assign,assignment]
+        residents = ResidentVersions(engine_client, state.openai_serving_models, turns, args.max_cpu_loras)
         await residents.check_parameters(location_shapes(self._environment.model_dir, self._environment.location))
         resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
         assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin registered it

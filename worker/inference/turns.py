@@ -1,0 +1,150 @@
+"""Turns: which versions' requests are in the engine at once, so that the slots of pinned versions are never needed.
+
+The engine takes requests of as many versions into a batch as there are slots, whichever these are. Were some slots
+pinned and a batch of more other versions than there are other slots, it would have nowhere to put one of them, and
+stop. So requests of versions that are not pinned wait here for one another; those of pinned ones never wait.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+_DRAIN_S = 5.0
+
+
+class TooManyPinsError(Exception):
+    """As many versions are to be pinned as there are slots, or more: no other one could be served."""
+
+
+class SlotsInUseError(Exception):
+    """Requests under way need the slots that were to be pinned."""
+
+
+class Turns:
+    """Adapters in flight and pinned, by vLLM's number of them. Whatever the engine has pinned is pinned here too."""
+
+    def __init__(self, slots: int, *, drain_s: float = _DRAIN_S) -> None:
+        self._slots = slots
+        self._drain_s = drain_s
+        self._pinned: frozenset[int] = frozenset()
+        self._to_be_pinned: frozenset[int] = frozenset()
+        self._in_flight: Counter[int] = Counter()
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._left = asyncio.Event()
+        self._pinning = asyncio.Lock()
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """The adapters that are pinned."""
+        return self._pinned
+
+    def in_turn(self, generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+        """The engine's `generate`, each call in its adapter's turn until its last output or its end."""
+
+        async def generate_in_turn(
+            *args: Any, lora_request: LoRARequest | None = None, **options: Any
+        ) -> AsyncIterator[Any]:
+            # The answer is closed first: an abort must be on its way to the engine before another version's request.
+            async with (
+                self.turn(lora_request.lora_int_id if lora_request else None),
+                aclosing(generate(*args, lora_request=lora_request, **options)) as outputs,
+            ):
+                async for output in outputs:
+                    yield output
+
+        return generate_in_turn
+
+    @asynccontextmanager
+    async def turn(self, adapter: int | None) -> AsyncIterator[None]:
+        """Waits until the adapter's request may be in the engine; None, the base model, always may."""
+        if adapter is None:
+            yield
+            return
+        await self._enter(adapter)
+        try:
+            yield
+        finally:
+            self._leave(adapter)
+
+    async def pin(self, adapters: Collection[int], tell_engine: Callable[[list[int]], Awaitable[object]]) -> None:
+        """Pin these and no others.
+
+        Raises TooManyPinsError; SlotsInUseError if requests of too many other versions do not end in time, and then
+        only those of the adapters that were pinned before still are.
+        """
+        wanted = frozenset(adapters)
+        if len(wanted) >= self._slots:
+            raise TooManyPinsError(f"{len(wanted)} versions cannot be pinned: one of {self._slots} slots must be free")
+        async with self._pinning:
+            kept = self._pinned & wanted
+            if kept != self._pinned:
+                await tell_engine(sorted(kept))
+                self._pinned = kept
+            self._to_be_pinned = wanted
+            try:
+                await asyncio.wait_for(self._drained(wanted), self._drain_s)
+                await tell_engine(sorted(wanted))
+                self._pinned = wanted
+            except TimeoutError as error:
+                message = f"requests of other versions use the slots for longer than {self._drain_s:g} s"
+                raise SlotsInUseError(message) from error
+            finally:
+                self._to_be_pinned = self._pinned
+                self._admit()
+
+    def forget(self, adapter: int) -> None:
+        """The engine has forgotten the adapter, and with it that it was pinned."""
+        self._pinned -= {adapter}
+        self._to_be_pinned -= {adapter}
+        self._admit()
+
+    async def _enter(self, adapter: int) -> None:
+        if self._fits(adapter) and (adapter in self._pinned or not self._waiting):
+            self._in_flight[adapter] += 1
+            return
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((adapter, admitted))
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.cancelled():
+                self._waiting.remove((adapter, admitted))
+                self._admit()
+            else:
+                self._leave(adapter)
+            raise
+
+    def _leave(self, adapter: int) -> None:
+        self._in_flight[adapter] -= 1
+        if not self._in_flight[adapter]:
+            del self._in_flight[adapter]
+        self._left.set()
+        self._admit()
+
+    def _admit(self) -> None:
+        """Those who wait, in the order in which they came; only pinned ones do not wait for who came before them."""
+        first_waits = False
+        for adapter, admitted in list(self._waiting):
+            if not (adapter in self._pinned or not first_waits) or not self._fits(adapter):
+                first_waits = True
+            elif not admitted.done():
+                self._waiting.remove((adapter, admitted))
+                self._in_flight[adapter] += 1
+                admitted.set_result(None)
+
+    def _fits(self, adapter: int) -> bool:
+        """Whether the engine has slots for all in flight and this one, by what is pinned now and what is to be."""
+        together = self._in_flight.keys() | {adapter}
+        return all(adapter in pinned or self._room(together, pinned) for pinned in (self._pinned, self._to_be_pinned))
+
+    def _room(self, adapters: Collection[int], pinned: frozenset[int]) -> bool:
+        return len(set(adapters) - pinned) <= self._slots - len(pinned)
+
+    async def _drained(self, pinned: frozenset[int]) -> None:
+        while not self._room(self._in_flight.keys(), pinned):
+            self._left.clear()
+            await self._left.wait()
