@@ -148,9 +148,10 @@ def listening(node: ScriptedNode) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def _serve(self) -> None:
             length = int(self.headers.get("content-length") or 0)
+            known = len(node.asked)
             status, body = node.answer(self.command, self.path, self.rfile.read(length))
-            if self.path.startswith("/v1/"):
-                node.asked_with.append((node.asked[-1][1], {name.lower(): self.headers[name] for name in self.headers}))
+            headers = {name.lower(): self.headers[name] for name in self.headers}
+            node.asked_with.extend((prompt, headers) for _, prompt in node.asked[known:])
             content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")

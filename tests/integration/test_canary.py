@@ -49,7 +49,13 @@ class Stage:
         self.clock.now = time.time()
         self._queue = queue
         self._settings = settings.model_copy(
-            update={"canary_share": 0.5, "canary_s": LASTS_S, "canary_requests": LASTS_REQUESTS}
+            # What the node is asked here is counted.
+            update={
+                "canary_share": 0.5,
+                "canary_s": LASTS_S,
+                "canary_requests": LASTS_REQUESTS,
+                "answer_check_s": 0,
+            }
         )
         self.worker = ScriptedWorker(stores, [node])
         self.worker.register_base()
@@ -581,10 +587,10 @@ class TestRestart:
         _, _, two = stage.candidate("b", "new")
         stage.node.resident = set()
         stage.control.tick()
-        assert stage.node.resident == {one, two}
+        assert stage.node.resident == {0, one, two}
         stage.node.resident = {one}
         stage.control.tick()
-        assert stage.node.resident == {one, two}, "the node's own choice of what goes is made up for"
+        assert stage.node.resident == {0, one, two}, "the node's own choice of what goes is made up for"
 
     def test_of_a_node_that_refuses_it_from_then_on(self, stage: Stage) -> None:
         """The canary is at fault: the node serves on, and the end of the canary's time brings it to light."""

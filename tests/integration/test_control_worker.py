@@ -24,7 +24,7 @@ from service.stores import Stores
 pytestmark = pytest.mark.timeout(90)
 
 
-def eventually(holds: Callable[[], bool], *, within_s: float = 20) -> None:
+def eventually(holds: Callable[[], bool], *, within_s: float = 60) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -363,7 +363,7 @@ def test_torchrun_trains_data_parallel_and_a_process_alone_gives_the_same(
     alone = started(model, edits, tmp_path / "alone")
     reports = []
     for process in (both, alone):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         assert "Traceback" not in err
         (line,) = out.splitlines()  # the first process's only
