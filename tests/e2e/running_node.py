@@ -28,23 +28,35 @@ class Node:
     folder: Path
     store: VersionStore
     location: str = "auto"
+    slots: int = SLOTS
+    host_slots: int = HOST_SLOTS
+    tensor_parallel: int = 1
+    port: int = field(init=False, default=0)
     process: subprocess.Popen[bytes] = field(init=False)
     client: httpx.Client = field(init=False)
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # A node that is started again is where it was.
+        if not self.port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
         flags = {
             "--model": self.model_dir,
             "--store": self.folder / "store",
             "--cache": self.folder / "cache",
             "--location": self.location,
-            "--slots": SLOTS,
-            "--host-slots": HOST_SLOTS,
+            "--slots": self.slots,
+            "--host-slots": self.host_slots,
             "--max-model-len": 512,
-            "--port": port,
+            "--port": self.port,
         }
+        environ = {**os.environ, "ERRATA_NODE_TOKEN": TOKEN}
+        vllms: tuple[str, ...] = ()
+        if self.tensor_parallel > 1:
+            vllms = ("--", "--tensor-parallel-size", str(self.tensor_parallel))
+            # Each rank on a core of its own: they wait for one another at every layer.
+            environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self.tensor_parallel)))
         with (self.folder / "node.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -52,20 +64,23 @@ class Node:
                     "-m",
                     "worker.inference.launcher",
                     *(str(part) for item in flags.items() for part in item),
+                    *vllms,
                 ],
-                env={**os.environ, "ERRATA_NODE_TOKEN": TOKEN},
+                env=environ,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120
-        )
+        self.client = httpx.Client(base_url=self.address, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
         try:
             self._wait_until_ready()
         except AssertionError:
             self.signal(signal.SIGKILL)
             raise
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server (SIGTERM) or to all of its group (SIGKILL) and wait until all are gone."""

@@ -26,7 +26,13 @@ SIZES = {
     "max_position_embeddings": 512,
 }
 # A whole layer has every kind of layer, fused and not; the other is one matrix of a fused layer, beside routed experts.
-CASES = [("qwen2", "model.layers.1"), ("qwen2_moe", "model.layers.2.mlp.shared_expert.gate_proj")]
+# The last one is sharded by its input over two ranks.
+CASES = [
+    ("qwen2", "model.layers.1", 1),
+    ("qwen2_moe", "model.layers.2.mlp.shared_expert.gate_proj", 1),
+    ("qwen2", "model.layers.2.mlp.down_proj", 2),
+]
+Case = tuple[str, str, int]
 WRONG_SHAPE, INCOMPLETE = 3, 4
 # Log-probabilities of one version in vLLM and in transformers, or alone and in a batch, differ by bfloat16's noise;
 # those of two versions by much more (both measured on these models: up to 0.11 and over 0.9).
@@ -62,12 +68,12 @@ class Served:
     node: Node
 
 
-def prepare(family: str, location: str, folder: Path) -> Served:
+def prepare(family: str, location: str, tensor_parallel: int, folder: Path) -> Served:
     model_dir = folder / "model"
     tiny_model(family, **SIZES).bfloat16().save_pretrained(model_dir)
     tiny_tokenizer().save_pretrained(model_dir)
     base = load_base(str(model_dir), location, device="cpu")
-    node = Node(model_dir, folder, VersionStore(str(folder / "store")), location)
+    node = Node(model_dir, folder, VersionStore(str(folder / "store")), location, tensor_parallel=tensor_parallel)
     write(node.store, base, 0, base.tuned_tensors())
     for version in (1, 2):
         write(node.store, base, version, random_version(base, version))
@@ -78,7 +84,7 @@ def prepare(family: str, location: str, folder: Path) -> Served:
 
 
 @pytest.fixture(scope="module")
-def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Served]]:
+def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Served]]:
     served = {case: prepare(*case, tmp_path_factory.mktemp("node")) for case in CASES}
     nodes = [one.node for one in served.values()]
     try:
@@ -93,8 +99,8 @@ def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[
                 node.signal(signal.SIGKILL)
 
 
-@pytest.fixture(params=CASES, ids=" ".join)
-def served(request: pytest.FixtureRequest, all_served: dict[tuple[str, str], Served]) -> Served:
+@pytest.fixture(params=CASES, ids=lambda case: " ".join(map(str, case)))
+def served(request: pytest.FixtureRequest, all_served: dict[Case, Served]) -> Served:
     return all_served[request.param]
 
 
@@ -140,6 +146,39 @@ def test_what_is_read_back_is_what_was_written(served: Served) -> None:
         node.client.post(f"/errata/versions/{version}/prefetch").raise_for_status()
         read_back = node.client.get(f"/errata/versions/{version}/checksum").raise_for_status().json()
         assert read_back == {"version": version, "tensors": node.manifest_checksums(version)}
+
+
+def test_a_pinned_version_keeps_its_slot_while_the_others_take_turns(served: Served) -> None:
+    node = served.node
+    models = ("errata@0", "errata@1", "errata@2")
+    alone = {model: node.score(model) for model in models}
+    assert node.client.put("/errata/versions/pins", params={"version": [1]}).status_code == 204
+    slot = node.resident()[1]["slot"]
+    for version in (0, 2, 0, 2):
+        node.score(f"errata@{version}")
+        held = node.resident()
+        assert {number: entry["pinned"] for number, entry in held.items()} == {0: False, 1: True, 2: False}
+        assert (held[1]["slot"], held[version]["slot"]) == (slot, 1 - slot)
+    asked = models * 6
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answered = list(pool.map(node.score, asked))
+    for model, scores in zip(asked, answered, strict=True):
+        assert distance(scores, alone[model]) < NOISE, model
+    refused = node.client.put("/errata/versions/pins", params={"version": [1, 2]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_pins")
+    assert node.client.put("/errata/versions/pins").status_code == 204
+    assert not any(entry["pinned"] for entry in node.resident().values())
+
+
+def test_memory_is_told_of_by_version(served: Served) -> None:
+    base, node = served.base, served.node
+    whole = sum(tensor.nbytes for tensor in base.tuned_tensors().values())
+    for version in (1, 2):
+        node.score(f"errata@{version}")
+    for entry in node.resident().values():
+        assert entry["host_bytes"] > whole
+        if entry["slot"] is not None:
+            assert entry["device_bytes"] == whole
 
 
 @pytest.mark.parametrize("version", [WRONG_SHAPE, INCOMPLETE])

@@ -125,16 +125,16 @@ async def test_a_version_is_pinned_when_those_whose_slots_it_takes_have_ended(tu
     await turns.pin([1], engine.pin)
     requests = await started(turns, 4, 5, 6)
     pinning = asyncio.create_task(turns.pin([1, 2], engine.pin))
-    late = await started(turns, 4, 2, 1)
+    late = await started(turns, 2, 4, 1)
     assert running(late) == [False, False, True], "what is under way ends first"
     assert (engine.pinned, turns.pinned) == ({1}, {1})
     await end(requests[0])
     await pinning
     assert (engine.pinned, turns.pinned) == ({1, 2}, {1, 2})
     await asyncio.sleep(0)
-    assert running(late) == [False, True, True]
+    assert running(late) == [True, False, True]
     await end(requests[1])
-    assert late[0].running
+    assert late[1].running
     await end(requests[2], *late)
 
 
