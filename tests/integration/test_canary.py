@@ -24,6 +24,7 @@ from service.fleet import left_out
 from service.gateway.pool import NodePool
 from service.metrics.catalogue import CANARIES_ENDED, VERSIONS_JUDGED
 from service.metrics.kept import named
+from service.publication import Publisher
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
 from service.registry import OvertakenError
@@ -574,9 +575,10 @@ class TestRestart:
         stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.clock.now += LASTS_S
-        monkeypatch.setattr(stage.control, "_complete", died)
-        with pytest.raises(KeyboardInterrupt):
-            stage.control.tick()
+        with monkeypatch.context() as patched:
+            patched.setattr(Publisher, "_complete", died)
+            with pytest.raises(KeyboardInterrupt):
+                stage.control.tick()
         stage.restart()
         stage.control.tick()
         assert stage.pointer() == (two, None)
