@@ -15,6 +15,7 @@ from service.api.middleware import Measured
 from service.metrics.catalogue import CATALOGUE, CHECKSUM_MISMATCHES, EDIT_TO_LIVE, MOST_VERSIONS, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
 from service.metrics.process import Passage, ServiceMetrics
+from service.nodes import Held
 
 
 def sample(metrics: ServiceMetrics, name: str, **labels: str) -> float:
@@ -121,5 +122,5 @@ def test_what_cannot_be_counted_fails_nothing(caplog: pytest.LogCaptureFixture) 
         measures = Measures(away)
         measures.count(CHECKSUM_MISMATCHES)
         measures.observe(VERSION_LOAD_SECONDS, 1.0)
-        measures.tick(1.0, {"http://node": [0]})
+        measures.tick(1.0, {"http://node": [Held(0, None, pinned=False, device_bytes=0, host_bytes=1)]})
     assert caplog.messages == ["metrics.not_kept"] * 3
