@@ -171,13 +171,3 @@ def test_a_node_killed_under_traffic_costs_no_request(two: Two) -> None:
     for asked in asking:
         asked.result()
     assert {(normalise_answer(answer.text), answer.version) for answer in answers} == {("lyon", version)}
-
-
-def test_a_restarted_node_is_healed_and_serves(two: Two) -> None:
-    version = verified(two)
-    two.nodes[1].start()
-    until(lambda: two.holders(version) == two.addresses(), within_s=60, what="it holds the active version again")
-    two.nodes[0].signal(signal.SIGKILL)
-    until(lambda: two.holders(version) == {two.nodes[1].address}, within_s=60, what="the first is seen to be gone")
-    answer = two.client.ask(PROMPT, max_tokens=12)
-    assert (normalise_answer(answer.text), answer.version) == ("lyon", version)
