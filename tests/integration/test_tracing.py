@@ -1,5 +1,6 @@
 """Traces over the real processes, from a request to the activation, as a real OTLP receiver gets them."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from service import programs
 from service.schemas import EditStatus
 from service.settings import Settings
 from service.stores import Stores
+from service.tracing import outgoing
 
 # Three processes that import all they need, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -158,6 +160,21 @@ def test_one_trace_leads_from_the_request_to_the_activation(story: Story) -> Non
     assert story.one("errata-control", "activate").attributes == {"errata.version": 1}
     assert run.attributes["errata.run"] == publish.attributes["errata.run"]
     assert post.service == "errata-service"
+
+
+def test_a_publication_goes_on_with_the_trace_of_its_message(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_REDIS_URL", redis_server.url)
+    control = importlib.import_module("service.control")
+    told: list[str] = []
+    monkeypatch.setattr(control._reconciler, "publish", lambda _: told.append(outgoing()["traceparent"]))
+    control.publish.push_request(traceparent=CLIENTS)
+    try:
+        control.publish.run("run_1")
+    finally:
+        control.publish.pop_request()
+    assert told == [CLIENTS]
 
 
 def test_the_requests_of_every_edit_are_linked(story: Story) -> None:

@@ -224,6 +224,8 @@ class _Run:
         An epoch replays only so many of the sequences that the start has learned; the fewer, the more of them large
         steps would undo unseen.
         """
+        if not self._config.skip_learned:
+            return 1.0
         replayed = max(self._config.batch_size, len(self.sequences) - self._known_sequences)
         return math.sqrt(replayed / max(replayed, self._known_sequences))
 
