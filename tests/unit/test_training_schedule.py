@@ -58,6 +58,22 @@ def test_rehearsal_is_a_batch_at_least_and_everything_at_most(unlearned: int, ex
     assert len(visited(made)) == expected
 
 
+@pytest.mark.parametrize(("unlearned", "expected"), [(20, 1), (12, 1), (6, 6 / 14), (1, 4 / 19), (0, 4 / 20)])
+def test_the_share_that_is_replayed_is_of_what_is_learned_now(unlearned: int, expected: float) -> None:
+    made = make(20)
+    mark(made, range(20 - unlearned))
+    assert made.replayed == expected
+    mark(made, range(20), learned=False)
+    assert made.replayed == 1
+
+
+@pytest.mark.parametrize("settings", [{"skip_learned": False}, {"pipeline": Pipeline.DEPTH_FIRST}])
+def test_without_rehearsal_nothing_is_left_out(settings: dict[str, object]) -> None:
+    made = make(20, **settings)
+    mark(made, range(19))
+    assert made.replayed == 1
+
+
 def test_what_joins_is_visited_and_what_joins_learned_is_rehearsed_only() -> None:
     made = make()
     made.join([True] * 50)

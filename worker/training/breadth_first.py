@@ -183,7 +183,6 @@ class _Run:
         self.sequences: list[TokenSequence] = []
         self._edit_ids: list[str] = []  # of each sequence
         self.reports: list[EpochReport] = []
-        self._known_sequences = 0
         self._filled = 0  # sequences whose prefix was looked after
         self._worst = torch.zeros(0)  # [sequences], nats: each one's worst token when it was last looked at
 
@@ -196,7 +195,6 @@ class _Run:
             learned += [edit.id in self._known] * len(sequences)
         if learned:
             self._schedule.join(learned)
-            self._known_sequences += sum(learned)
             self._worst = torch.cat([self._worst, torch.full((len(learned),), torch.inf)])
 
     @property
@@ -217,24 +215,12 @@ class _Run:
         by_visits = sum(report.visited for report in reports) / (self._config.max_epochs * len(self.sequences))
         return min(by_visits, batches / self._config.min_steps) if self._config.min_steps else by_visits
 
-    @property
-    def _caution(self) -> float:
-        """The highest share of the learning rate that a warm start takes its steps at, 1 for a run from the base.
-
-        An epoch replays only so many of the sequences that the start has learned; the fewer, the more of them large
-        steps would undo unseen.
-        """
-        if not self._config.skip_learned:
-            return 1.0
-        replayed = max(self._config.batch_size, len(self.sequences) - self._known_sequences)
-        return math.sqrt(replayed / max(replayed, self._known_sequences))
-
     def epoch(self, should_stop: Callable[[], bool]) -> EpochReport:
         """Visit what the schedule says; tells it what was found."""
         started = time.perf_counter()
         self._prefix.fill(self._base, self._ranks.share(self.sequences[self._filled :]), should_stop)
         self._filled = len(self.sequences)
-        self.learner.slow_down(self._progress, at_most=self._caution)
+        self.learner.slow_down(self._progress, at_most=math.sqrt(self._schedule.replayed))
         batches = self._schedule.epoch()
         visits: list[Losses] = []
         for batch in batches:

@@ -36,8 +36,8 @@ class TrainingConfig:
     epoch is learned.
 
     The learning rate falls in a line, over the budget, to `final_rate` of itself, and the decay with it: what the two
-    decide last is decided in favour of the edits. A warm start's is at most the root of the share of learned sequences
-    that an epoch replays, or `final_rate`: a tenth for one edit on a thousand in two formats.
+    decide last is decided in favour of the edits. It is at most the root of the share of what is learned that an epoch
+    replays, or `final_rate`: a tenth while one of a thousand edits in two formats is not learned.
 
     The budget follows the number of edits: `max_epochs` visits a sequence on average, so that an epoch that visits a
     tenth of them uses up a tenth, or as many more as it takes for `min_steps` batches, because one edit makes one batch

@@ -30,6 +30,11 @@ class Schedule(ABC):
 
     @property
     @abstractmethod
+    def replayed(self) -> float:
+        """Which share of what is learned the next epoch visits, 1 when nothing is."""
+
+    @property
+    @abstractmethod
     def finished(self) -> bool:
         """Whether there is nothing left to visit."""
 
@@ -68,6 +73,12 @@ class BreadthFirst(Schedule):
 
     @property
     @override
+    def replayed(self) -> float:
+        known = sum(self.learned)
+        return min(1.0, self._replays / known) if known else 1.0
+
+    @property
+    @override
     def finished(self) -> bool:
         return all(self.learned)
 
@@ -89,7 +100,13 @@ class BreadthFirst(Schedule):
             return list(everything)
         waiting = [number for number in everything if not self.learned[number]]
         known = _shuffled([number for number in everything if self.learned[number]], self._shuffle)
-        return waiting + known[: max(self._config.batch_size, len(waiting))]
+        return waiting + known[: self._replays]
+
+    @property
+    def _replays(self) -> int:
+        if not self._config.skip_learned:
+            return len(self.learned)
+        return max(self._config.batch_size, self.learned.count(False))
 
 
 class DepthFirst(Schedule):
@@ -123,6 +140,11 @@ class DepthFirst(Schedule):
         new = [self._count + place for place, is_learned in enumerate(learned) if not is_learned]
         self._waiting += _batches(_shuffled(new, self._shuffle), self._config.batch_size)
         self._count += len(learned)
+
+    @property
+    @override
+    def replayed(self) -> float:
+        return 1.0
 
     @property
     @override
