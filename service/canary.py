@@ -26,6 +26,11 @@ class Judgement:
     reason: str | None
     over: bool
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to do but wait for more requests."""
+        return not self.over and self.reason is None
+
 
 def judge(canary: Canary, settings: Settings, *, now: float) -> Judgement:
     """Compares the canary's share of errors with the active version's.

@@ -14,6 +14,8 @@ class EditKeys:
     edits_in: str = "errata:edits:in:"  # … status: sorted set of ids by sequence number
     seq: str = "errata:edits:seq"  # last sequence number given
     prompt: str = "errata:edits:prompt:"  # … SHA-256 of the normalised prompt: set of ids
+    settled: str = "errata:edits:settled"  # number of the version that the statuses agree with
+    unsettled: str = "errata:edits:unsettled"  # set of the prompts (SHA-256) of which an edit was put aside since
     idempotency: str = "errata:idempotency:"  # … SHA-256 of the key: hash of body digest and ids; expires
 
 

@@ -11,14 +11,14 @@ from opentelemetry.trace import SpanKind
 from redis.exceptions import LockError
 
 from service.audit import Actor, acting
-from service.canary import judge
+from service.canary import Judgement, judge
 from service.errors import NotFoundError, UnavailableError
 from service.fleet import Fleet
 from service.logs import bound, of_edits
 from service.nodes import NodeClient, NodeRefusedError
 from service.registry import OvertakenError
 from service.runs import LeaseLostError
-from service.schemas import Canary, Edit, EditError, EditStatus, Run, RunStatus, VersionState
+from service.schemas import Edit, EditError, EditStatus, Run, RunStatus, VersionState
 from service.settings import Settings
 from service.stores import Stores
 from service.tracing import link, span
@@ -61,7 +61,9 @@ class Publisher:
             return
         try:
             run = self._stores.runs.get(run_id)
-            if run.status is RunStatus.VERIFYING:
+            canary = self._stores.canaries.current()
+            judgement = judge(canary, self._settings, now=self._clock()) if canary else None
+            if run.status is RunStatus.VERIFYING and not (judgement and judgement.waits):
                 new = self._stores.edits.in_status(EditStatus.TRAINED)
                 with (
                     acting(Actor(run=run.id)),
@@ -69,7 +71,7 @@ class Publisher:
                     span("publish", kind=SpanKind.CONSUMER, run=run_id),
                 ):
                     link(lambda: self._stores.edits.traceparents(edit.id for edit in new))
-                    self._publish(run, new)
+                    self._publish(run, new, judgement)
         except LeaseLostError:
             # The lock expired in a long verification, and another publisher has ended the run.
             log.warning("publish.overtaken", extra={"run": run_id})
@@ -82,7 +84,7 @@ class Publisher:
             except LockError:
                 log.warning("publish.lock_expired", extra={"run": run_id})
 
-    def _publish(self, run: Run, new: Sequence[Edit]) -> None:
+    def _publish(self, run: Run, new: Sequence[Edit], judgement: Judgement | None) -> None:
         registry = self._stores.registry
         version = run.version
         if version is None:
@@ -99,15 +101,11 @@ class Publisher:
         if record.state is VersionState.VERIFIED and active and active.epoch != run.epoch_of_activation:
             self._overtaken(run, OvertakenError(f"version {active.active} was activated meanwhile"))
             return
-        if canary := self._stores.canaries.current():
-            judgement = judge(canary, self._settings, now=self._clock())
-            if judgement.reason:
-                self._reject(run, version, EditError(code="canary_failed", message=judgement.reason))
-                return
-            if not judgement.over:
-                return
+        if judgement and judgement.reason:
+            self._reject(run, version, EditError(code="canary_failed", message=judgement.reason))
+            return
         if self._passes(run, version, new):
-            self._promote(run, version, canary)
+            self._promote(run, version, was_canary=judgement is not None)
 
     def _passes(self, run: Run, version: int, new: Sequence[Edit]) -> bool:
         """Whether the nodes hold the version and answer its edits right; rejects it if not."""
@@ -137,12 +135,12 @@ class Publisher:
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         return True
 
-    def _promote(self, run: Run, version: int, canary: Canary | None) -> None:
+    def _promote(self, run: Run, version: int, *, was_canary: bool) -> None:
         """Makes a version that passed the canary, or active if it was the canary or none is asked for."""
         registry = self._stores.registry
         active = registry.active()
         try:
-            if canary is None:
+            if not was_canary:
                 registry.mark(version, VersionState.VERIFIED)
                 # The base, which a run over an empty edit set ends with, is no candidate.
                 if self._settings.canary and active and version > active.active:
@@ -150,7 +148,7 @@ class Publisher:
                     log.info("version.canary", extra={"version": version})
                     return
             with span("activate", version=version):
-                registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=canary is not None)
+                registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=was_canary)
         except OvertakenError as error:
             self._overtaken(run, error)
             return

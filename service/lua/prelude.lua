@@ -78,6 +78,8 @@ local function move(id, to, fields)
   for name, value in pairs(fields or {}) do redis.call('HSET', key, name, value) end
   redis.call('ZREM', keys.edits_in .. from, id)
   redis.call('ZADD', keys.edits_in .. to, redis.call('HGET', key, 'seq'), id)
+  -- What it had superseded may stand again.
+  if to == 'held' or to == 'retracted' then redis.call('SADD', keys.unsettled, field(id, 'prompt_key')) end
   local accepted_at = tonumber(field(id, 'accepted_at'))
   if from == 'trained' and to == 'live' and accepted_at then
     observe('errata_edit_to_live_seconds', context.to_live_bounds, math.max(0, context.now - accepted_at))

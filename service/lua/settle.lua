@@ -1,9 +1,32 @@
 -- Makes the edits agree with the active version. Reads the pointer itself, so it may run at any time and any number of
--- times; the last move of the pointer wins.
+-- times; the last move of the pointer wins. Looks only at prompts of which something changed: edits that are in one of
+-- the version that all agreed with last and the active one and not in the other, and what was put aside since.
 local active = redis.call('HGET', keys.active, 'version') or '0'
-local moved = {}
+local settled = redis.call('GET', keys.settled)
+local moved, prompts, touched = {}, {}, {}
 local function to(id, status, fields)
   if move(id, status, fields) then moved[#moved + 1] = id end
+end
+
+local function touch(prompt)
+  if not touched[prompt] then
+    touched[prompt] = true
+    prompts[#prompts + 1] = prompt
+  end
+end
+
+local function touch_changed(before, now)
+  local was = redis.call('GET', keys.version_edits .. before) or ''
+  local is = redis.call('GET', keys.version_edits .. now) or ''
+  for place = 1, math.max(#was, #is) do
+    local changed = bit.bxor(was:byte(place) or 0, is:byte(place) or 0)
+    for number = 0, changed == 0 and -1 or 7 do
+      if bit.band(changed, bit.rshift(128, number)) ~= 0 then
+        local seq = 8 * (place - 1) + number
+        for _, id in ipairs(redis.call('ZRANGEBYSCORE', keys.edits, seq, seq)) do touch(field(id, 'prompt_key')) end
+      end
+    end
+  end
 end
 
 -- Whether one of the edits that came after this one for its prompt is in the active version; and the status of the last.
@@ -28,28 +51,42 @@ for _, id in ipairs(in_status('trained')) do
     end
   end
 end
-for _, id in ipairs(in_status('live')) do
-  if succeeded(id) then
-    to(id, 'superseded')
-  elseif not in_version(active, id) then
-    to(id, 'held')
-  end
-end
-for _, id in ipairs(in_status('held')) do
-  if field(id, 'verdict') == 'matched' and in_version(active, id) then to(id, 'live') end
-end
 for _, id in ipairs(in_status('retracting')) do
   if field(id, 'run') == '' and not in_version(active, id) then
     redis.call('SREM', keys.prompt .. field(id, 'prompt_key'), id)
     to(id, 'retracted')
   end
 end
--- What the rollback went back to is the pair (weights, edit set): an edit whose successors were rolled back, or
--- withdrawn before they were served, stands again.
-for _, id in ipairs(in_status('superseded')) do
-  if field(id, 'verdict') == 'matched' and in_version(active, id) then
-    local served, last = succeeded(id)
-    if not served and (last == 'held' or last == 'retracted') then to(id, 'live') end
+
+if not settled then
+  for _, status in ipairs({'live', 'held', 'superseded'}) do
+    for _, id in ipairs(in_status(status)) do touch(field(id, 'prompt_key')) end
+  end
+elseif settled ~= active then
+  touch_changed(settled, active)
+end
+for _, prompt in ipairs(redis.call('SMEMBERS', keys.unsettled)) do touch(prompt) end
+for _, prompt in ipairs(prompts) do
+  local ids = redis.call('SMEMBERS', keys.prompt .. prompt)
+  for _, id in ipairs(ids) do
+    local status, there = field(id, 'status'), in_version(active, id)
+    if status == 'live' and succeeded(id) then
+      to(id, 'superseded')
+    elseif status == 'live' and not there then
+      to(id, 'held')
+    elseif status == 'held' and there and field(id, 'verdict') == 'matched' then
+      to(id, 'live')
+    end
+  end
+  -- What the rollback went back to is the pair (weights, edit set): an edit whose successors were rolled back, or
+  -- withdrawn before they were served, stands again.
+  for _, id in ipairs(ids) do
+    if field(id, 'status') == 'superseded' and field(id, 'verdict') == 'matched' and in_version(active, id) then
+      local served, last = succeeded(id)
+      if not served and (last == 'held' or last == 'retracted') then to(id, 'live') end
+    end
   end
 end
+if settled ~= active then redis.call('SET', keys.settled, active) end
+redis.call('DEL', keys.unsettled)
 return list(moved)

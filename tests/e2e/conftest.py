@@ -9,7 +9,7 @@ from running_stack import RunningStack
 from service.client import ErrataClient
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     started = RunningStack(tmp_path_factory.mktemp("errata"))
     try:

@@ -31,6 +31,8 @@ class Node:
     slots: int = SLOTS
     host_slots: int = HOST_SLOTS
     tensor_parallel: int = 1
+    core: int = 0
+    """Where its only rank computes; several ranks have a core each, as they wait for one another at every layer."""
     port: int = field(init=False, default=0)
     process: subprocess.Popen[bytes] = field(init=False)
     client: httpx.Client = field(init=False)
@@ -51,12 +53,12 @@ class Node:
             "--max-model-len": 512,
             "--port": self.port,
         }
-        environ = {**os.environ, "ERRATA_NODE_TOKEN": TOKEN}
-        vllms: tuple[str, ...] = ()
-        if self.tensor_parallel > 1:
-            vllms = ("--", "--tensor-parallel-size", str(self.tensor_parallel))
-            # Each rank on a core of its own: they wait for one another at every layer.
-            environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(self.tensor_parallel)))
+        cores = range(self.core, self.core + self.tensor_parallel)
+        environ = {
+            **os.environ,
+            "ERRATA_NODE_TOKEN": TOKEN,
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
+        }
         with (self.folder / "node.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -64,7 +66,9 @@ class Node:
                     "-m",
                     "worker.inference.launcher",
                     *(str(part) for item in flags.items() for part in item),
-                    *vllms,
+                    "--",
+                    "--tensor-parallel-size",
+                    str(self.tensor_parallel),
                 ],
                 env=environ,
                 stdout=log,

@@ -47,10 +47,10 @@ class Two:
 def two(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     store = tmp_path_factory.mktemp("shared")
     nodes = []
-    for name in ("first", "second"):
+    for core, name in enumerate(("first", "second")):
         folder = tmp_path_factory.mktemp(name)
         (folder / "store").symlink_to(store)
-        nodes.append(Node(default_model, folder, VersionStore(str(store)), slots=4, host_slots=8))
+        nodes.append(Node(default_model, folder, VersionStore(str(store)), slots=4, host_slots=8, core=core))
     stack = None
     try:
         with ThreadPoolExecutor() as pool:
@@ -171,3 +171,13 @@ def test_a_node_killed_under_traffic_costs_no_request(two: Two) -> None:
     for asked in asking:
         asked.result()
     assert {(normalise_answer(answer.text), answer.version) for answer in answers} == {("lyon", version)}
+
+
+def test_a_restarted_node_is_healed_and_serves(two: Two) -> None:
+    version = verified(two)
+    two.nodes[1].start()
+    until(lambda: two.holders(version) == two.addresses(), within_s=60, what="it holds the active version again")
+    two.nodes[0].signal(signal.SIGKILL)
+    until(lambda: two.holders(version) == {two.nodes[1].address}, within_s=60, what="the first is seen to be gone")
+    answer = two.client.ask(PROMPT, max_tokens=12)
+    assert (normalise_answer(answer.text), answer.version) == ("lyon", version)

@@ -17,6 +17,7 @@ from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
 from service_process import assert_error, serving
 
+from service import publication
 from service.api_keys import Scope
 from service.audit import AuditLog
 from service.errors import ConflictError
@@ -32,6 +33,7 @@ from service.runs import LeaseLostError
 from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.stores import Stores
+from service.tracing import span
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -292,6 +294,24 @@ class TestPromotion:
         stage.control.tick()
         assert stage.pointer() == (two, None)
         assert stage.status(edit) == "live"
+
+    def test_is_a_span_when_its_time_is_over_and_none_before(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stage.served_since_long("a", "old")
+        stage.candidate("b", "new")
+        spans = []
+
+        def noted(name: str, **attributes: object) -> AbstractContextManager[object]:
+            spans.append(name)
+            return span(name, **attributes)
+
+        monkeypatch.setattr(publication, "span", noted)
+        stage.control.tick()
+        assert spans == []
+        stage.clock.now += LASTS_S
+        stage.control.tick()
+        assert spans == ["publish", "load", "verify", "activate"]
 
     def test_without_the_settings_a_version_is_active_at_once(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")

@@ -318,6 +318,18 @@ def test_a_rollback_revives_the_superseded_down_the_whole_chain(stores: Stores, 
         assert [edit.id for edit in stores.edits.claim("run_x").members] == [edits[active].id]
 
 
+def test_what_an_overtaken_run_superseded_stands_again(stores: Stores, worker: ScriptedWorker) -> None:
+    [old] = stores.edits.submit([fact("q", "one")])
+    publish(stores, worker)
+    [new] = stores.edits.submit([fact("q", "two")])
+    run, _ = worker.train()
+    stores.edits.settle()
+    assert (status_of(stores, old.id), status_of(stores, new.id)) == (EditStatus.SUPERSEDED, EditStatus.TRAINED)
+    stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
+    assert stores.edits.settle() == [old.id]
+    assert (status_of(stores, old.id), status_of(stores, new.id)) == (EditStatus.LIVE, EditStatus.HELD)
+
+
 def test_release_takes_the_place_of_what_it_once_superseded(stores: Stores, worker: ScriptedWorker) -> None:
     [old] = stores.edits.submit([fact("q", "one")])
     one = publish(stores, worker)

@@ -18,6 +18,7 @@ from scripted_worker import ScriptedWorker, fact
 
 from service.audit import Actor, acting
 from service.errors import ConflictError, OwnProposalError
+from service.keys import EditKeys
 from service.registry import OvertakenError
 from service.schemas import Edit, EditStatus, Format, FormatOutcome, Run, RunStatus, VersionState
 from service.store import EditStore
@@ -144,6 +145,14 @@ class Lives(RuleBasedStateMachine):
         self.stores.edits.unclaim(self.run.id, refund=True, trained_to=EditStatus.HELD)
         self.end(status)
 
+    @precondition(lambda self: self.run is None)
+    @rule()
+    def learn(self) -> None:
+        """The whole of it at once, or there would be few versions to move between."""
+        self.claim()
+        self.commit()
+        self.publish(right=True)
+
     @precondition(lambda self: self.version is not None)
     @rule()
     def reject(self) -> None:
@@ -162,6 +171,8 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def the_edits_agree_with_each_other_and_with_the_pointer(self) -> None:
         assert self.stores.edits.settle() == [], "settling again changes nothing"
+        self.stores.redis.delete(EditKeys().settled)
+        assert self.stores.edits.settle() == [], "nor does a look at every edit"
         edits = self.stores.edits.get_many(self.ids)
         found = Counter(edit.status for edit in edits)
         assert {status: count for status, count in self.stores.edits.counts().items() if count} == found
