@@ -7,16 +7,14 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from redis.asyncio import Redis as AsyncRedis
 
 from service.api import audit, edits, events, health, metrics, runs, versions
 from service.api.access import KeyDemand, require_a_key
-from service.api.dependencies import Parts
+from service.api.dependencies import Parts, SharedPull
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import document_scopes
 from service.draining import stop_announced
-from service.events import BLOCK_S
 from service.fleet import left_out
 from service.gateway import router as gateway
 from service.gateway.canary import CanaryTraffic
@@ -29,11 +27,10 @@ from service.nodes import NodeClient
 from service.queue import TaskQueue, create_celery
 from service.reconcile import Reconciler
 from service.settings import Settings
-from service.stores import Stores
+from service.stores import Stores, connect_async
 from service.tokens import EditChecker
 from service.tracing import configure_tracing
 
-_MAX_WAITING = 4096
 _LAST_SPANS_MS = 2000
 
 
@@ -55,10 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stores = Stores.connect(chosen)
-        # Everyone who waits for an event holds a connection.
-        async_redis = AsyncRedis.from_url(
-            chosen.redis_url, decode_responses=True, socket_timeout=BLOCK_S * 3, max_connections=_MAX_WAITING
-        )
+        async_redis = connect_async(chosen)
         queue = TaskQueue(create_celery(chosen), stores.redis)
         pool = NodePool(
             chosen.nodes,
@@ -75,10 +69,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         measured.registry.register(StateCollector(watched))
         measured.registry.register(NodeCollector(pool.readiness))
         with stop_announced() as stopping:
+            reconciler = Reconciler(stores, NodeClient.all(chosen), queue, chosen)
             app.state.parts = Parts(
                 settings=chosen,
                 stores=stores,
-                reconciler=Reconciler(stores, NodeClient.all(chosen), queue, chosen),
+                reconciler=reconciler,
+                pull=SharedPull(reconciler.pull),
                 checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
                 async_redis=async_redis,
                 stopping=stopping,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError, OwnProposalError
 from service.keys import EditKeys, all_keys
@@ -146,20 +147,28 @@ class EditStore:
             InvalidRequestError: the idempotency key came before with another body.
             BusyError: so many edits wait to be learned that these would be too many.
         """
+        return self._accepted(self._submit(self._submission(requests, idempotency)))
+
+    async def submit_awaited(
+        self, redis: AsyncRedis, requests: Sequence[EditRequest], idempotency: Idempotency | None = None
+    ) -> list[Edit]:
+        """``submit`` over another client, which no thread waits for."""
+        return self._accepted(await self._submit.awaited(redis, self._submission(requests, idempotency)))
+
+    def _submission(self, requests: Sequence[EditRequest], idempotency: Idempotency | None) -> dict[str, Any]:
         now = int(self._clock())
         once = None
         if idempotency:
             once = {"key": idempotency.key, "body": idempotency.body, "ttl_s": self._idempotency_ttl_s}
-        new = [_new(request, now) for request in requests]
-        answer = self._submit(
-            {
-                "edits": new,
-                "idempotency": once,
-                "status": self._submitted,
-                "queue_max_edits": self._queue_max_edits,
-                **outgoing(),
-            }
-        )
+        return {
+            "edits": [_new(request, now) for request in requests],
+            "idempotency": once,
+            "status": self._submitted,
+            "queue_max_edits": self._queue_max_edits,
+            **outgoing(),
+        }
+
+    def _accepted(self, answer: Mapping[str, Any]) -> list[Edit]:
         if answer.get("reused"):
             raise InvalidRequestError(
                 "this Idempotency-Key came before with another body",
@@ -172,7 +181,7 @@ class EditStore:
                 retry_after_s=_FULL_RETRY_S,
                 code="queue_full",
             )
-        edits = self.get_many(answer["ids"])
+        edits = [_edit(fields) for fields in answer["edits"]]
         log.info("edits.accepted", extra=of_edits(edits))
         return edits
 

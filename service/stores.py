@@ -3,19 +3,25 @@
 from dataclasses import dataclass
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from service.api_keys import KeyStore
 from service.audit import AuditLog
 from service.canary import Canaries
-from service.events import EventStream
+from service.events import BLOCK_S, EventStream
 from service.metrics.kept import Measures
 from service.recovery import Recovery
 from service.registry import VersionRegistry
 from service.runs import RunStore
 from service.settings import Settings
 from service.store import EditStore
+
+_BACKOFF = ExponentialBackoff(cap=1, base=0.05)
+_RETRIES = 5
+_MAX_CONNECTIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Stores:
     recovery: Recovery
 
     @classmethod
-    def connect(cls, settings: Settings, *, patience_s: float = 15, retries: int = 5) -> "Stores":
+    def connect(cls, settings: Settings, *, patience_s: float = 15, retries: int = _RETRIES) -> "Stores":
         """Builds the stores; the connection itself is made at the first command.
 
         Args:
@@ -45,14 +51,12 @@ class Stores:
         Raises:
             ValueError: no Redis is configured.
         """
-        if not settings.redis_url:
-            raise ValueError("ERRATA_REDIS_URL is not set; `errata up` sets it for the embedded Redis")
         redis = Redis.from_url(
-            settings.redis_url,
+            _url(settings),
             decode_responses=True,
             socket_timeout=patience_s,
             socket_connect_timeout=min(5, patience_s),
-            retry=Retry(ExponentialBackoff(cap=1, base=0.05), retries=retries),
+            retry=Retry(_BACKOFF, retries=retries),
         )
         return cls(
             redis=redis,
@@ -73,3 +77,25 @@ class Stores:
             audit=AuditLog(redis),
             recovery=Recovery(redis, events_max=settings.events_max),
         )
+
+
+def connect_async(settings: Settings) -> AsyncRedis:
+    """A client that no thread waits for. Everyone who follows the events holds a connection of it.
+
+    Raises:
+        ValueError: no Redis is configured.
+    """
+    return AsyncRedis.from_url(
+        _url(settings),
+        decode_responses=True,
+        socket_timeout=BLOCK_S * 3,
+        socket_connect_timeout=5,
+        max_connections=_MAX_CONNECTIONS,
+        retry=AsyncRetry(_BACKOFF, retries=_RETRIES),
+    )
+
+
+def _url(settings: Settings) -> str:
+    if not settings.redis_url:
+        raise ValueError("ERRATA_REDIS_URL is not set; `errata up` sets it for the embedded Redis")
+    return settings.redis_url

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from service.audit import audit_context
 
@@ -22,11 +23,17 @@ class Script:
     def __init__(self, redis: Redis, name: str, context: Context) -> None:
         source = files(__name__)
         self._context = context
-        self._script = redis.register_script(
-            source.joinpath("prelude.lua").read_text() + source.joinpath(f"{name}.lua").read_text()
-        )
+        self._text = source.joinpath("prelude.lua").read_text() + source.joinpath(f"{name}.lua").read_text()
+        self._script = redis.register_script(self._text)
 
     def __call__(self, payload: Mapping[str, Any]) -> Any:
         """Runs the script atomically and returns its decoded answer."""
+        return json.loads(self._script(args=self._arguments(payload)))
+
+    async def awaited(self, redis: AsyncRedis, payload: Mapping[str, Any]) -> Any:
+        """The same over another client, which no thread waits for."""
+        return json.loads(await redis.register_script(self._text)(args=self._arguments(payload)))
+
+    def _arguments(self, payload: Mapping[str, Any]) -> list[str]:
         context = {**self._context(), **audit_context()}
-        return json.loads(self._script(args=[json.dumps(context), json.dumps(payload)]))
+        return [json.dumps(context), json.dumps(payload)]

@@ -1,11 +1,21 @@
 -- Stores edits, all or none; an idempotency key that is known answers with what it stored. A proposed edit is nobody's
 -- successor and in no run until it is approved.
+local function stored(ids)
+  local found = {}
+  for _, id in ipairs(ids) do
+    local flat, fields = redis.call('HGETALL', keys.edit .. id), {}
+    for place = 1, #flat, 2 do fields[flat[place]] = flat[place + 1] end
+    found[#found + 1] = fields
+  end
+  return '{"edits":' .. list(found) .. '}'
+end
+
 local once = payload.idempotency
 if once ~= cjson.null and once then
   local known = redis.call('HMGET', keys.idempotency .. once.key, 'body', 'ids')
   if known[1] then
     if known[1] ~= once.body then return '{"reused":true}' end
-    return '{"ids":' .. known[2] .. '}'
+    return stored(cjson.decode(known[2]))
   end
 end
 
@@ -35,9 +45,9 @@ for _, edit in ipairs(new) do
   end
 end
 if #new > 0 then
-  local stored = {}
-  for _, edit in ipairs(new) do stored[#stored + 1] = edit.id end
-  audit(queued and 'edits.submitted' or 'edits.proposed', {ids = stored})
+  local named = {}
+  for _, edit in ipairs(new) do named[#named + 1] = edit.id end
+  audit(queued and 'edits.submitted' or 'edits.proposed', {ids = named})
 end
 if queued then redis.call('DEL', keys.hold) end
 
@@ -46,4 +56,4 @@ if once ~= cjson.null and once then
   redis.call('HSET', key, 'body', once.body, 'ids', list(ids))
   redis.call('EXPIRE', key, once.ttl_s)
 end
-return '{"ids":' .. list(ids) .. '}'
+return stored(ids)
