@@ -590,6 +590,7 @@ class TestRestart:
         assert stage.stores.registry.get(two).state is VersionState.REJECTED
         assert (stage.run(run), stage.status(edit)) == (RunStatus.FAILED, "queued")
         assert stage.ended() == {"withdrawn": 1}
+        assert stage.stores.measures.kept()[named(VERSIONS_JUDGED, "rejected")] == 1, "once, however often it is said"
 
     def test_between_the_promotion_and_its_edits(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
         stage.served_since_long("a", "old")
