@@ -34,7 +34,7 @@ def redis_restarted(world: World, _: Random) -> None:
 
 
 def node_killed(world: World, _: Random) -> None:
-    world.signal("node", signal.SIGKILL, group=True)
+    world.signal("node", signal.SIGKILL)
 
 
 def everything_killed(world: World, random: Random) -> None:

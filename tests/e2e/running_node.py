@@ -79,7 +79,7 @@ class Node:
         try:
             self._wait_until_ready()
         except AssertionError:
-            self.signal(signal.SIGKILL)
+            self.end()
             raise
 
     @property
@@ -87,13 +87,18 @@ class Node:
         return f"http://127.0.0.1:{self.port}"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the server (SIGTERM) or to all of its group (SIGKILL) and wait until all are gone."""
+        """Send a signal to the server alone, and wait until it and all that it began are gone."""
+        self.process.send_signal(number)
+        self._wait_until_gone()
+
+    def end(self) -> None:
+        """Kill what there is of it."""
+        if self.has_processes():
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self._wait_until_gone()
+
+    def _wait_until_gone(self) -> None:
         self.client.close()
-        if number is signal.SIGKILL:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-        else:
-            self.process.send_signal(number)
         self.process.wait(60)
         deadline = time.monotonic() + 30
         while self.has_processes():

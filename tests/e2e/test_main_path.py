@@ -180,7 +180,7 @@ def test_a_train_worker_killed_in_the_middle_of_a_run_loses_nothing(
 def test_a_killed_node_comes_back_and_serves_the_active_version(client: ErrataClient, running: RunningStack) -> None:
     make_live(client, *CAPITAL)
     version = active(client)
-    os.killpg(running.pid("node"), signal.SIGKILL)
+    os.kill(running.pid("node"), signal.SIGKILL)
     until(lambda: not client.health().checks["node"].ok, within_s=30, what="the node is seen to be gone")
     with pytest.raises(ApiError) as refused:
         client.ask(CAPITAL[0])

@@ -66,8 +66,7 @@ def node(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield node
         node.signal(signal.SIGTERM)
     finally:
-        if node.has_processes():
-            node.signal(signal.SIGKILL)
+        node.end()
 
 
 def distance(first: list[float], second: list[float]) -> float:

@@ -95,8 +95,7 @@ def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, 
             node.signal(signal.SIGTERM)
     finally:
         for node in nodes:
-            if node.has_processes():
-                node.signal(signal.SIGKILL)
+            node.end()
 
 
 @pytest.fixture(params=CASES, ids=lambda case: " ".join(map(str, case)))

@@ -71,8 +71,7 @@ def two(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if stack:
             stack.down()
         for node in nodes:
-            if node.has_processes():
-                node.signal(signal.SIGKILL)
+            node.end()
 
 
 def until(condition: Callable[[], bool], *, within_s: float, what: str) -> None:

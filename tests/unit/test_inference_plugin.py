@@ -1,6 +1,7 @@
 """What happens in vLLM's processes before a model is loaded: checks, registration, refusal."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +96,30 @@ def test_a_process_that_is_no_node_is_left_alone(monkeypatch: pytest.MonkeyPatch
     plugin.register()
     assert not registered()
     assert not LoRAResolverRegistry.get_supported_resolvers()
+
+
+SERVER = """
+import multiprocessing, time
+from worker.inference import plugin
+
+def engine():
+    plugin._end_with_the_server()
+    print("began", flush=True)
+    time.sleep(60)
+
+process = multiprocessing.get_context("fork").Process(target=engine)
+process.start()
+process.join()
+"""
+
+
+def test_what_a_killed_server_began_ends_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        assert server.stdout.readline() == "began\n"
+        server.kill()
+        # Its output ends when nobody is left that could write to it.
+        assert server.communicate(timeout=10) == ("", None)
 
 
 def test_registering_twice_is_registering_once(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

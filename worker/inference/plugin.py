@@ -5,7 +5,9 @@ without its plugin must not serve. What fails inside `register` stops the proces
 """
 
 import importlib
+import multiprocessing
 import os
+import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ def register() -> None:
     if not os.environ.get(LOCATION_VARIABLE):
         return
     environment = NodeEnvironment.read(os.environ)
+    _end_with_the_server()
 
     from worker.checkpoint import location_shapes  # noqa: PLC0415  see the module's docstring
     from worker.inference import interfaces  # noqa: PLC0415
@@ -31,6 +34,17 @@ def register() -> None:
     _leave_experts_alone()
     _register_layers(frozenset(shapes))
     _register_resolver(environment, shapes)
+
+
+def _end_with_the_server() -> None:
+    """Have a process that the server began end when the server is killed, as its own successor needs the memory."""
+    if server := multiprocessing.parent_process():
+
+        def end_behind() -> None:
+            server.join()
+            os._exit(1)
+
+        threading.Thread(target=end_behind, name="errata-orphaned", daemon=True).start()
 
 
 def _leave_experts_alone() -> None:
