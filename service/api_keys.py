@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from redis import Redis
 
 from service.errors import InvalidRequestError, NotFoundError
-from service.keys import ApiKeyKeys, all_keys
-from service.lua import Script
+from service.keys import ApiKeyKeys
+from service.lua import Scripts
 from service.schemas import Schema
 
 _TOKEN = re.compile(r"errata_(key_[0-9a-f]{24})_([0-9a-f]{64})")
@@ -89,11 +89,9 @@ class KeyStore:
         self._keys = ApiKeyKeys()
         self._clock = clock
 
-        def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
-
-        self._create = Script(redis, "create_key", context)
-        self._revoke = Script(redis, "revoke_key", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._create = scripts.load("create_key")
+        self._revoke = scripts.load("revoke_key")
 
     def create(
         self, name: str, scopes: Iterable[Scope], *, expires_at: int | None = None, rate: int | None = None

@@ -7,12 +7,12 @@ pointer reads both; how requests ended is counted beside it.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from redis import Redis
 
-from service.keys import VersionKeys, all_keys
-from service.lua import Script
+from service.keys import VersionKeys
+from service.lua import Scripts
 from service.registry import OvertakenError
 from service.runs import LeaseLostError
 from service.schemas import Canary, Outcomes, Run
@@ -57,11 +57,9 @@ class Canaries:
         self._redis = redis
         self._key = VersionKeys().canary
 
-        def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
-
-        self._begin = Script(redis, "canary", context)
-        self._count = Script(redis, "canary_outcomes", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._begin = scripts.load("canary")
+        self._count = scripts.load("canary_outcomes")
 
     def current(self) -> Canary | None:
         """The canary, if there is one."""

@@ -1,27 +1,24 @@
 """What is put back into Redis when it was lost, from what the version store has."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from redis import Redis
 
-from service.keys import all_keys
-from service.lua import Script
+from service.lua import Scripts
 from service.runs import new_run_id
 from service.schemas import StoredEdit, Trigger
-from service.store import TABLE, stored_fields
+from service.store import stored_fields
 
 
 class Recovery:
     """Edits as versions keep them, and a beginning for the newest of these versions."""
 
     def __init__(self, redis: Redis, *, events_max: int, clock: Callable[[], float] = time.time) -> None:
-        def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": TABLE, "now": int(clock()), "events_max": events_max}
-
-        self._restore = Script(redis, "restore", context)
-        self._verify_again = Script(redis, "verify_again", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._restore = scripts.load("restore")
+        self._verify_again = scripts.load("verify_again")
 
     def restore(self, edits: Sequence[StoredEdit], version: int) -> list[str]:
         """Puts back what Redis lost of a version's edits; returns the ids that were missing.

@@ -5,19 +5,18 @@ It owns versions. Edit sets are bitmaps over the edits' sequence numbers: 10,000
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from redis import Redis
 from redis.client import NEVER_DECODE
 
 from service.errors import ConflictError, NotFoundError
-from service.keys import VersionKeys, all_keys
-from service.lua import Script
+from service.keys import VersionKeys
+from service.lua import Scripts
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
 from service.schemas import Activation, Canary, Run, Version, VersionRecord, VersionState
-from service.store import TABLE
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +40,11 @@ class VersionRegistry:
         self._redis = redis
         self._keys = VersionKeys()
 
-        def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": TABLE, "now": int(clock()), "events_max": events_max}
-
-        self._next_number = Script(redis, "next_number", context)
-        self._commit = Script(redis, "commit", context)
-        self._activate = Script(redis, "activate", context)
-        self._reject = Script(redis, "reject", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._next_number = scripts.load("next_number")
+        self._commit = scripts.load("commit")
+        self._activate = scripts.load("activate")
+        self._reject = scripts.load("reject")
 
     def next_number(self, run: Run, *, above: int) -> int:
         """A number that no version had or will have; a run that fails leaves a gap.

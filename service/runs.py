@@ -8,13 +8,13 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from redis import Redis
 
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
-from service.keys import RunKeys, all_keys
-from service.lua import Script
+from service.keys import RunKeys
+from service.lua import Scripts
 from service.metrics.catalogue import RUN_PHASE_SECONDS
 from service.metrics.kept import observe
 from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
@@ -40,16 +40,14 @@ class RunStore:
         self._lease_ms = int(lease_s * 1000)
         self._clock = clock
 
-        def context() -> Mapping[str, Any]:
-            return {"keys": all_keys(), "transitions": {}, "now": int(clock()), "events_max": events_max}
-
-        self._request = Script(redis, "request_run", context)
-        self._start = Script(redis, "start_run", context)
-        self._renew = Script(redis, "renew_run", context)
-        self._hand_over = Script(redis, "hand_over", context)
-        self._cancel = Script(redis, "cancel_run", context)
-        self._progress = Script(redis, "progress", context)
-        self._finish = Script(redis, "finish_run", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._request = scripts.load("request_run")
+        self._start = scripts.load("start_run")
+        self._renew = scripts.load("renew_run")
+        self._hand_over = scripts.load("hand_over")
+        self._cancel = scripts.load("cancel_run")
+        self._progress = scripts.load("progress")
+        self._finish = scripts.load("finish_run")
 
     def request(self, trigger: Trigger) -> tuple[Run, bool]:
         """The queued run, made if there is none; and whether it was made."""

@@ -1,4 +1,4 @@
-"""EditStore: every Redis command about edits, and the table of their transitions.
+"""EditStore: every Redis command about edits.
 
 It owns edits. It does not know what a version or a run is beyond their numbers, ids and bitmaps.
 """
@@ -16,44 +16,14 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from service.errors import BusyError, ConflictError, InvalidRequestError, NotFoundError, OwnProposalError
-from service.keys import EditKeys, all_keys
+from service.keys import EditKeys
 from service.logs import of_edits
-from service.lua import Script
-from service.metrics.catalogue import EDIT_TO_LIVE
+from service.lua import Scripts
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, Page, normalise_prompt
 from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
-
-TRANSITIONS: Mapping[EditStatus, frozenset[EditStatus]] = {
-    EditStatus.PROPOSED: frozenset({EditStatus.QUEUED, EditStatus.RETRACTED}),
-    EditStatus.QUEUED: frozenset({EditStatus.TRAINING, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
-    EditStatus.TRAINING: frozenset(
-        {EditStatus.TRAINED, EditStatus.QUEUED, EditStatus.FAILED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
-    ),
-    EditStatus.TRAINED: frozenset(
-        {
-            EditStatus.LIVE,
-            EditStatus.HELD,
-            EditStatus.QUEUED,
-            EditStatus.FAILED,
-            EditStatus.SUPERSEDED,
-            EditStatus.RETRACTING,
-        }
-    ),
-    EditStatus.LIVE: frozenset({EditStatus.HELD, EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
-    EditStatus.HELD: frozenset(
-        {EditStatus.TRAINED, EditStatus.LIVE, EditStatus.QUEUED, EditStatus.SUPERSEDED, EditStatus.RETRACTING}
-    ),
-    EditStatus.FAILED: frozenset({EditStatus.SUPERSEDED, EditStatus.RETRACTING}),
-    EditStatus.SUPERSEDED: frozenset({EditStatus.LIVE, EditStatus.RETRACTING}),
-    EditStatus.RETRACTING: frozenset({EditStatus.RETRACTED}),
-    EditStatus.RETRACTED: frozenset(),
-}
-"""What an edit in a status may become; everything else is refused (design.md, decision records 0003, 0018, 0019)."""
-TABLE = {status: dict.fromkeys(allowed, True) for status, allowed in TRANSITIONS.items()}
-"""The transitions as the scripts look them up."""
 
 _SEARCH_CHUNK = 500
 # A queue that is full of edits is emptied by whole runs.
@@ -113,24 +83,16 @@ class EditStore:
         self._queue_max_edits = queue_max_edits
         self._submitted = EditStatus.PROPOSED if review else EditStatus.QUEUED
 
-        def context() -> Mapping[str, Any]:
-            return {
-                "keys": all_keys(),
-                "transitions": TABLE,
-                "now": int(clock()),
-                "events_max": events_max,
-                "to_live_bounds": EDIT_TO_LIVE.buckets,
-            }
-
-        self._submit = Script(redis, "submit", context)
-        self._move = Script(redis, "move", context)
-        self._claim = Script(redis, "claim", context)
-        self._set_aside = Script(redis, "set_aside", context)
-        self._unclaim = Script(redis, "unclaim", context)
-        self._retract = Script(redis, "retract", context)
-        self._approve = Script(redis, "approve", context)
-        self._release = Script(redis, "release", context)
-        self._settle = Script(redis, "settle", context)
+        scripts = Scripts(redis, events_max=events_max, clock=clock)
+        self._submit = scripts.load("submit")
+        self._move = scripts.load("move")
+        self._claim = scripts.load("claim")
+        self._set_aside = scripts.load("set_aside")
+        self._unclaim = scripts.load("unclaim")
+        self._retract = scripts.load("retract")
+        self._approve = scripts.load("approve")
+        self._release = scripts.load("release")
+        self._settle = scripts.load("settle")
 
     def submit(self, requests: Sequence[EditRequest], idempotency: Idempotency | None = None) -> list[Edit]:
         """Stores corrections, all or none, and supersedes older ones of the same prompt with another target.

@@ -13,8 +13,32 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from service.audit import audit_context
+from service.keys import all_keys
+from service.metrics.catalogue import EDIT_TO_LIVE
+from service.transitions import TABLE
 
 Context = Callable[[], Mapping[str, Any]]
+
+
+class Scripts:
+    """The scripts as one store calls them, with its clock and its bound on the event stream."""
+
+    def __init__(self, redis: Redis, *, events_max: int, clock: Callable[[], float]) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._same = {
+            "keys": all_keys(),
+            "transitions": TABLE,
+            "events_max": events_max,
+            "to_live_bounds": EDIT_TO_LIVE.buckets,
+        }
+
+    def load(self, name: str) -> "Script":
+        """The script in ``name.lua``."""
+        return Script(self._redis, name, self._context)
+
+    def _context(self) -> Mapping[str, Any]:
+        return {**self._same, "now": int(self._clock()), **audit_context()}
 
 
 class Script:
@@ -35,5 +59,4 @@ class Script:
         return json.loads(await redis.register_script(self._text)(args=self._arguments(payload)))
 
     def _arguments(self, payload: Mapping[str, Any]) -> list[str]:
-        context = {**self._context(), **audit_context()}
-        return [json.dumps(context), json.dumps(payload)]
+        return [json.dumps(self._context()), json.dumps(payload)]

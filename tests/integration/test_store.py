@@ -24,8 +24,9 @@ from service.schemas import (
     VersionState,
 )
 from service.settings import Settings
-from service.store import TRANSITIONS, Idempotency
+from service.store import Idempotency
 from service.stores import Stores
+from service.transitions import TRANSITIONS
 
 # As the design has it, and what a rollback, a release, a review and a lost Redis need besides.
 ALLOWED = {
