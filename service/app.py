@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         stores = Stores.connect(chosen)
-        async_redis = connect_async(chosen)
+        async_redis, followers = connect_async(chosen), connect_async(chosen)
         queue = TaskQueue(create_celery(chosen), stores.redis)
         pool = NodePool(
             chosen.nodes,
@@ -77,12 +77,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 pull=SharedPull(reconciler.pull),
                 checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
                 async_redis=async_redis,
+                followers=followers,
                 stopping=stopping,
             )
             yield
         await pool.stop()
         await traffic.stop()
         await async_redis.aclose()
+        await followers.aclose()
         watched.redis.close()
         stores.redis.close()
         if tracing:

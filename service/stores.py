@@ -80,7 +80,7 @@ class Stores:
 
 
 def connect_async(settings: Settings) -> AsyncRedis:
-    """A client that no thread waits for. Everyone who follows the events holds a connection of it.
+    """A client that no thread waits for, with connections of its own.
 
     Raises:
         ValueError: no Redis is configured.

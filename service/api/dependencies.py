@@ -38,7 +38,10 @@ class SharedPull:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a request may need."""
+    """Everything that a request may need.
+
+    ``followers`` is for those who follow the events, for each holds a connection: all of them together hold up no edit.
+    """
 
     settings: Settings
     stores: Stores
@@ -46,6 +49,7 @@ class Parts:
     pull: SharedPull
     checker: EditChecker
     async_redis: AsyncRedis
+    followers: AsyncRedis
     stopping: asyncio.Event
 
 

@@ -122,7 +122,7 @@ async def get_status(
         return state
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-            async for event in follow(parts.async_redis, since):
+            async for event in follow(parts.followers, since):
                 changed = event and event.data.get("id") == edit_id and event.data.get("status") != state.status
                 if changed or parts.stopping.is_set():
                     break

@@ -41,7 +41,7 @@ async def events(
 ) -> AsyncIterable[ServerSentEvent]:
     """Edits, runs, versions, nodes: each change as it happens. A client that reconnects goes on where it was."""
     caller: Caller = request.state.caller
-    async for event in follow(parts.async_redis, start):
+    async for event in follow(parts.followers, start):
         if not await caller.still_admitted():
             return
         if event:

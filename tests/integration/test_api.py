@@ -525,7 +525,7 @@ async def test_a_blocking_read_is_shorter_than_the_sockets_patience(settings: Se
     """redis-py gives up after 5 s unless told, which is as long as a read of a quiet stream."""
     app = create_app(settings)
     async with app.router.lifespan_context(app):
-        assert app.state.parts.async_redis.get_connection_kwargs()["socket_timeout"] > BLOCK_S
+        assert app.state.parts.followers.get_connection_kwargs()["socket_timeout"] > BLOCK_S
 
 
 async def test_redis_away_is_a_503_in_the_same_shape(tmp_path: Path, settings: Settings) -> None:
