@@ -32,7 +32,12 @@ lint: .venv
 	$(announce) 'bandit and pip-audit: the code and the pins'
 	@$(bin)/python security/audit.py
 
-unit integration e2e gpu: .venv
+# Side by side, as most of their time they wait. The tests of a file share servers, so they stay together.
+unit integration: .venv
+	$(announce) 'pytest: $@'
+	@$(bin)/python -m pytest --numprocesses auto --dist loadfile tests/$@
+
+e2e gpu: .venv
 	$(announce) 'pytest: $@'
 	@$(bin)/python -m pytest tests/$@
 
