@@ -26,6 +26,7 @@ from service.metrics.state import PATIENCE_S, StateCollector
 from service.nodes import NodeClient
 from service.queue import TaskQueue, create_celery
 from service.reconcile import Reconciler
+from service.registry import VersionReader
 from service.settings import Settings
 from service.stores import Stores, connect_async
 from service.tokens import EditChecker
@@ -73,6 +74,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.parts = Parts(
                 settings=chosen,
                 stores=stores,
+                versions=VersionReader(async_redis),
                 reconciler=reconciler,
                 pull=SharedPull(reconciler.pull),
                 checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),

@@ -5,10 +5,11 @@ It owns versions. Edit sets are bitmaps over the edits' sequence numbers: 10,000
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import cast
 
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from redis.client import NEVER_DECODE
 
 from service.errors import ConflictError, NotFoundError
@@ -150,17 +151,7 @@ class VersionRegistry:
 
     def active(self) -> Activation | None:
         """The pointer, or None before version 0 is committed."""
-        fields = cast(dict[str, str], self._redis.hgetall(self._keys.active))
-        if not fields:
-            return None
-        previous = int(fields["previous"])
-        active = int(fields["version"])
-        return Activation(
-            active=active,
-            previous=None if previous == active else previous,
-            epoch=int(fields["epoch"]),
-            canary=int(fields["canary"]) if "canary" in fields else None,
-        )
+        return _activation(cast(dict[str, str], self._redis.hgetall(self._keys.active)))
 
     def activate(
         self,
@@ -248,3 +239,33 @@ class VersionRegistry:
 
 def _bits(bitmap: bytes) -> list[int]:
     return [8 * index + bit for index, byte in enumerate(bitmap) for bit in range(8) if byte & (0x80 >> bit)]
+
+
+class VersionReader:
+    """What the gateway asks about versions for every request; no thread waits for the answer."""
+
+    def __init__(self, redis: AsyncRedis) -> None:
+        self._redis = redis
+        self._keys = VersionKeys()
+
+    async def active(self) -> Activation | None:
+        """The pointer, or None before version 0 is committed."""
+        return _activation(await cast(Awaitable[dict[str, str]], self._redis.hgetall(self._keys.active)))
+
+    async def is_verified(self, number: int) -> bool:
+        """Whether there is such a version and it may be served."""
+        raw = cast(str | None, await self._redis.get(f"{self._keys.version}{number}"))
+        return raw is not None and VersionRecord.model_validate_json(raw).state is VersionState.VERIFIED
+
+
+def _activation(fields: Mapping[str, str]) -> Activation | None:
+    if not fields:
+        return None
+    previous = int(fields["previous"])
+    active = int(fields["version"])
+    return Activation(
+        active=active,
+        previous=None if previous == active else previous,
+        epoch=int(fields["epoch"]),
+        canary=int(fields["canary"]) if "canary" in fields else None,
+    )

@@ -10,6 +10,7 @@ from redis.asyncio import Redis as AsyncRedis
 from starlette.concurrency import run_in_threadpool
 
 from service.reconcile import Reconciler
+from service.registry import VersionReader
 from service.settings import Settings
 from service.stores import Stores
 from service.tokens import EditChecker
@@ -45,6 +46,7 @@ class Parts:
 
     settings: Settings
     stores: Stores
+    versions: VersionReader
     reconciler: Reconciler
     pull: SharedPull
     checker: EditChecker

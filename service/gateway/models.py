@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from service.errors import InvalidRequestError, NotFoundError, UnavailableError, VersionNotReachedError
-from service.registry import VersionRegistry
-from service.schemas import Schema, VersionState
+from service.registry import VersionReader, VersionRegistry
+from service.schemas import Activation, Schema, VersionState
 
 ACTIVE_MODEL = "errata"
 _NAMED = re.compile(r"errata@(0|[1-9][0-9]{0,14})")
@@ -51,11 +51,11 @@ class ModelList(Schema):
     data: list[Model]
 
 
-def resolve(registry: VersionRegistry, model: object, min_version: str | None, lot: Lot = Lot.BLANK) -> Admission:
+async def resolve(versions: VersionReader, model: object, min_version: str | None, lot: Lot = Lot.BLANK) -> Admission:
     """The version that a request asks for, at its admission.
 
     Args:
-        registry: where the pointer is.
+        versions: where the pointer is.
         model: the request's ``model``.
         min_version: the ``X-Errata-Min-Version`` header, digits.
         lot: the part of the traffic that it belongs to if it asks for ``errata``.
@@ -69,7 +69,10 @@ def resolve(registry: VersionRegistry, model: object, min_version: str | None, l
     if not isinstance(model, str):
         raise InvalidRequestError("model: must be a string", param="model")
     least = int(min_version or 0)
-    admission = _of_alias(registry, least, lot) if model == ACTIVE_MODEL else Admission(_named(registry, model))
+    if model == ACTIVE_MODEL:
+        admission = _of_alias(await versions.active(), least, lot)
+    else:
+        admission = Admission(await _named(versions, model))
     if (number := admission.version) < least:
         error = VersionNotReachedError(
             f"version {number} answers; the request demands {min_version} or later", param=MIN_VERSION_HEADER
@@ -89,8 +92,8 @@ def served(registry: VersionRegistry) -> ModelList:
     return ModelList(data=data)
 
 
-def _of_alias(registry: VersionRegistry, least: int, lot: Lot) -> Admission:
-    if (pointer := registry.active()) is None:
+def _of_alias(pointer: Activation | None, least: int, lot: Lot) -> Admission:
+    if pointer is None:
         raise UnavailableError("version 0 is not written yet", code="no_version")
     if pointer.canary is None:
         return Admission(pointer.active)
@@ -99,11 +102,11 @@ def _of_alias(registry: VersionRegistry, least: int, lot: Lot) -> Admission:
     return Admission(pointer.canary if tries else pointer.active, pointer.canary)
 
 
-def _named(registry: VersionRegistry, model: str) -> int:
+async def _named(versions: VersionReader, model: str) -> int:
     unknown = NotFoundError(f"no model {model[:100]!r}", param="model", code="model_not_found")
     if not (match := _NAMED.fullmatch(model)):
         raise unknown
     number = int(match.group(1))
-    if not registry.exists(number) or registry.get(number).state is not VersionState.VERIFIED:
+    if not await versions.is_verified(number):
         raise unknown
     return number

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from service.api.access import Caller
 from service.api.dependencies import Parts, PartsDep
@@ -79,7 +78,7 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
     caller: Caller = request.state.caller
     traffic: CanaryTraffic = request.app.state.canary
     lot = traffic.lot(caller.key.name if caller.key else None)
-    admission = await run_in_threadpool(resolve, parts.stores.registry, body["model"], min_version, lot)
+    admission = await resolve(parts.versions, body["model"], min_version, lot)
     version = admission.version
     proxy: Proxy = request.app.state.proxy
     request.state.passage = passage = Passage(

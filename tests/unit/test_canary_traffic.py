@@ -4,7 +4,6 @@ import asyncio
 import random
 import threading
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -15,28 +14,25 @@ from service.errors import VersionNotReachedError
 from service.gateway.canary import CanaryTraffic
 from service.gateway.models import Admission, Lot, resolve
 from service.metrics.process import Passage, ServiceMetrics
-from service.registry import VersionRegistry
-from service.schemas import Activation, Canary, Outcomes, VersionState
+from service.registry import VersionReader
+from service.schemas import Activation, Canary, Outcomes
 from service.settings import Settings
 
 ALWAYS = Settings(canary_share=1, canary_requests=100, canary_s=60, canary_max_excess=0.05)
 SINCE = 1000
 
 
-class Registry:
+class Versions:
     """Version 3 is active; everything up to 9 is verified."""
 
     def __init__(self, canary: int | None) -> None:
         self._canary = canary
 
-    def active(self) -> Activation:
+    async def active(self) -> Activation:
         return Activation(active=3, previous=2, epoch=4, canary=self._canary)
 
-    def exists(self, number: int) -> bool:
+    async def is_verified(self, number: int) -> bool:
         return number < 10
-
-    def get(self, number: int) -> object:
-        return SimpleNamespace(version=number, state=VersionState.VERIFIED)
 
 
 class Told:
@@ -57,7 +53,7 @@ class Told:
 def resolved(
     lot: Lot, *, canary: int | None = 4, model: str = "errata", least: str | None = None
 ) -> tuple[int, int | None]:
-    admission = resolve(cast(VersionRegistry, Registry(canary)), model, least, lot)
+    admission = asyncio.run(resolve(cast(VersionReader, Versions(canary)), model, least, lot))
     return admission.version, admission.canary
 
 
