@@ -185,8 +185,6 @@ class _Run:
         self.reports: list[EpochReport] = []
         self._filled = 0  # sequences whose prefix was looked after
         self._worst = torch.zeros(0)  # [sequences], nats: each one's worst token when it was last looked at
-        self._unswept = torch.zeros(0, dtype=torch.bool)  # [sequences]: what the round of sweeps has still to look at
-        self._swept_since = -1  # steps that were taken before the round; a resumed run does not know
 
     def join(self, edits: Sequence[TrainingEdit]) -> None:
         learned: list[bool] = []
@@ -198,7 +196,6 @@ class _Run:
         if learned:
             self._schedule.join(learned)
             self._worst = torch.cat([self._worst, torch.full((len(learned),), torch.inf)])
-            self._unswept = torch.cat([self._unswept, torch.ones(len(learned), dtype=torch.bool)])
 
     @property
     def spent(self) -> bool:
@@ -259,12 +256,7 @@ class _Run:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            tensors={
-                **self.learner.state(),
-                "shuffle": self._shuffle.get_state(),
-                "worst": self._worst.clone(),
-                "unswept": self._unswept.clone(),
-            },
+            tensors={**self.learner.state(), "shuffle": self._shuffle.get_state(), "worst": self._worst.clone()},
             identity=self._identity(len(self.sequences)),
             sequences=len(self.sequences),
             schedule=self._schedule.state(),
@@ -278,7 +270,6 @@ class _Run:
         self._shuffle.set_state(snapshot.tensors["shuffle"])
         self._schedule.restore(snapshot.schedule)
         self._worst[: snapshot.sequences] = snapshot.tensors["worst"]
-        self._unswept[: snapshot.sequences] = snapshot.tensors["unswept"]
         self.reports = list(snapshot.reports)
 
     def _outcome(self, numbers: Sequence[int], visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
@@ -303,26 +294,9 @@ class _Run:
         return int((~learned).sum())
 
     def _sweep(self) -> bool:
-        """Whether all sequences are learned at these weights; if not, the first that were forgotten are marked.
-
-        Sweeps go round, each from where the last one ended, so that none begins with what was just looked at while what
-        comes behind it is forgotten. A round begins with the least sure, and says yes if no step was taken in it.
-        """
-        while True:
-            if self._unswept.all():
-                self._swept_since = self._steps
-            order = self._worst.argsort(descending=True, stable=True)
-            for numbers in order[self._unswept[order]].split(_CHECKED_AT_ONCE):
-                self._unswept[numbers] = False
-                if not self._check(numbers.tolist()):
-                    return False
-            if self._swept_since == self._steps:
-                return True
-            self._unswept.fill_(True)
-
-    @property
-    def _steps(self) -> int:
-        return sum(report.steps for report in self.reports)
+        """Whether all sequences are learned at these weights: looks at the least sure first, as far as all is well."""
+        order = self._worst.argsort(descending=True, stable=True)
+        return all(self._check(numbers.tolist()) for numbers in order.split(_CHECKED_AT_ONCE))
 
     def _check(self, numbers: Sequence[int]) -> bool:
         """Score the sequences and mark them; whether all are learned."""
