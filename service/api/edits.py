@@ -48,7 +48,7 @@ async def submit(
     """Stores a correction. It is on disk when this answers; a run follows as the trigger says."""
     once = _once(idempotency_key, "/edits", body.model_dump_json())
     checked = await run_in_threadpool(parts.checker.check, body)
-    # A thread that waits for Redis costs four times what the rest of the request does, by threads in each other's way.
+    # Many threads that wait for Redis are in each other's way, and in the event loop's, when they come back.
     [edit] = await parts.stores.edits.submit_awaited(parts.async_redis, [checked], once)
     await parts.pull()
     response.headers["Location"] = f"/edits/{edit.id}"

@@ -13,10 +13,7 @@ end
 redis.call('SET', keys.version .. payload.version, payload.record)
 redis.call('ZADD', keys.versions, payload.version, payload.version)
 emit('version.committed', {version = payload.version, edits = #payload.members})
-if repair then
-  redis.call('DEL', keys.settled)
-  return '{}'
-end
+if repair then return '{}' end
 
 -- Those withdrawn meanwhile keep their status.
 for _, id in ipairs(in_status('training')) do
