@@ -28,6 +28,7 @@ from worker.training.encode import EncodingError, TokenSequence, TrainingEdit
 from worker.training.learner import Learner, Losses
 from worker.training.prefix import PrefixCache
 from worker.training.score import TokenScores, score
+from worker.training.snapshot import Snapshot
 
 EDITS = [TrainingEdit(f"e{number}", f"{number} is", f"{number * 7 % 10}") for number in range(5)]
 TWO_EDITS = [TrainingEdit("a", "one", "uno"), TrainingEdit("b", "two", "dos")]
@@ -311,7 +312,7 @@ def test_a_sweep_finds_what_was_forgotten_behind_everyones_back() -> None:
     assert all(says(base, result.tensors, EDITS))
 
 
-def test_a_sweep_begins_with_the_least_sure_and_ends_where_some_are_forgotten(
+def test_sweeps_begin_with_the_least_sure_end_where_some_are_forgotten_and_go_round(
     monkeypatch: pytest.MonkeyPatch, batches: list[list[TokenSequence]]
 ) -> None:
     base, prefix = tiny_base(**ROOMY), PrefixCache()
@@ -333,9 +334,34 @@ def test_a_sweep_begins_with_the_least_sure_and_ends_where_some_are_forgotten(
     (first,) = [sequences for epoch, sequences in swept if epoch == 1]
     assert len(first) == 2
     assert batches[0][0] not in first
-    assert [len(sequences) for epoch, sequences in swept if epoch == len(reports)] == [2] * 5
+    assert [epoch for epoch, _ in swept[-5:]] == [len(reports)] * 5, "the last round is of one sweep"
+    assert len({sequence for _, sequences in swept[-5:] for sequence in sequences}) == 10
     assert result.stopped is StopReason.LEARNED
     assert all(says(base, result.tensors, EDITS))
+
+
+def test_a_resumed_run_sweeps_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prefix = tiny_base(**ROOMY), PrefixCache()
+    settings = config(**{**LEARNS, "batch_size": 1})
+    start = Start(learned=frozenset(edit.id for edit in EDITS))
+    swept: list[list[TokenSequence]] = []
+    snapshots: list[tuple[int, Snapshot]] = []
+
+    def watched(*arguments: Any) -> list[TokenScores]:
+        swept.append(list(arguments[-1]))
+        return score(*arguments)
+
+    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    hooks = Hooks(on_snapshot=lambda take: snapshots.append((len(swept), take())))
+    whole = train(base, EDITS, settings, prefix=prefix, start=start, hooks=hooks)
+    told = list(swept)
+    assert len({count for count, _ in snapshots}) > 1
+    for count, taken in snapshots[::3]:
+        swept.clear()
+        resumed = train(base, EDITS, settings, prefix=prefix, start=replace(start, snapshot=taken))
+        assert swept == told[count:]
+        assert equal(resumed.tensors, whole.tensors)
 
 
 @pytest.mark.parametrize("pipeline", Pipeline)

@@ -185,6 +185,8 @@ class _Run:
         self.reports: list[EpochReport] = []
         self._filled = 0  # sequences whose prefix was looked after
         self._worst = torch.zeros(0)  # [sequences], nats: each one's worst token when it was last looked at
+        self._unswept = torch.zeros(0, dtype=torch.bool)  # [sequences]: what the round of sweeps has still to look at
+        self._swept_since = -1  # steps that were taken before the round; a resumed run does not know
 
     def join(self, edits: Sequence[TrainingEdit]) -> None:
         learned: list[bool] = []
@@ -196,6 +198,7 @@ class _Run:
         if learned:
             self._schedule.join(learned)
             self._worst = torch.cat([self._worst, torch.full((len(learned),), torch.inf)])
+            self._unswept = torch.cat([self._unswept, torch.ones(len(learned), dtype=torch.bool)])
 
     @property
     def spent(self) -> bool:
@@ -256,7 +259,12 @@ class _Run:
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
-            tensors={**self.learner.state(), "shuffle": self._shuffle.get_state(), "worst": self._worst.clone()},
+            tensors={
+                **self.learner.state(),
+                "shuffle": self._shuffle.get_state(),
+                "worst": self._worst.clone(),
+                "unswept": self._unswept.clone(),
+            },
             identity=self._identity(len(self.sequences)),
             sequences=len(self.sequences),
             schedule=self._schedule.state(),
@@ -270,6 +278,7 @@ class _Run:
         self._shuffle.set_state(snapshot.tensors["shuffle"])
         self._schedule.restore(snapshot.schedule)
         self._worst[: snapshot.sequences] = snapshot.tensors["worst"]
+        self._unswept[: snapshot.sequences] = snapshot.tensors["unswept"]
         self.reports = list(snapshot.reports)
 
     def _outcome(self, numbers: Sequence[int], visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
@@ -294,9 +303,29 @@ class _Run:
         return int((~learned).sum())
 
     def _sweep(self) -> bool:
-        """Whether all sequences are learned at these weights: looks at the least sure first, as far as all is well."""
-        order = self._worst.argsort(descending=True, stable=True)
-        return all(self._check(numbers.tolist()) for numbers in order.split(_CHECKED_AT_ONCE))
+        """Whether all sequences are learned at these weights; if not, the first that were forgotten are marked.
+
+        A sweep looks at the unsure and, from where the last one ended, at the rest: what was sure when it was just
+        looked at seldom is forgotten a few steps later, and one that looked at it again each time would come late to
+        what lies behind it. A round, which begins with the least sure, is over when everything was looked at; it says
+        yes if no step was taken in it.
+        """
+        while True:
+            if self._unswept.all():
+                self._swept_since = self._steps
+            due = self._unswept | (self._worst > self._config.token_threshold / 2)
+            order = self._worst.argsort(descending=True, stable=True)
+            for numbers in order[due[order]].split(_CHECKED_AT_ONCE):
+                self._unswept[numbers] = False
+                if not self._check(numbers.tolist()):
+                    return False
+            if self._swept_since == self._steps:
+                return True
+            self._unswept.fill_(True)
+
+    @property
+    def _steps(self) -> int:
+        return sum(report.steps for report in self.reports)
 
     def _check(self, numbers: Sequence[int]) -> bool:
         """Score the sequences and mark them; whether all are learned."""
