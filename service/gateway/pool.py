@@ -11,6 +11,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 from redis.exceptions import RedisError
 
+from service.gateway.connections import Connections
 from service.nodes import authorization
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,7 @@ class NodePool:
                     # What a node says to one client must not go along with the requests of the others.
                     cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                     timeout=httpx.Timeout(timeout_s, connect=2.0, pool=None),
-                    # A node closes a connection that idles for 5 s; a request that meets the close would be lost.
-                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
-                    transport=transport,
+                    transport=transport or Connections(),
                 ),
             )
             for address in addresses
