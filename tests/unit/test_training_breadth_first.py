@@ -340,6 +340,43 @@ def test_sweeps_begin_with_the_least_sure_end_where_some_are_forgotten_and_go_ro
     assert all(says(base, result.tensors, EDITS))
 
 
+def test_a_round_of_sweeps_looks_again_at_the_unsure_only(
+    monkeypatch: pytest.MonkeyPatch, batches: list[list[TokenSequence]]
+) -> None:
+    base, prefix = tiny_base(**ROOMY), PrefixCache()
+    settings = config(**{**LEARNS, "batch_size": 1})
+    sure: set[TokenSequence] = set()  # when they were looked at; what an epoch visited since may be no more
+    seen: set[TokenSequence] = set()  # in this round
+    later: set[TokenSequence] = set()  # since all were seen, so perhaps in the next round
+    rounds, looks_at_the_unsure_again = 0, 0
+
+    def watched(*arguments: Any) -> list[TokenScores]:
+        nonlocal seen, later, rounds, looks_at_the_unsure_again
+        asked = list(arguments[-1])
+        sure.difference_update(sequence for batch in batches for sequence in batch)
+        batches.clear()
+        if sure & seen & set(asked):
+            assert len(seen) == 10, "a sure one again before the others"
+            seen, later = later, set()
+            rounds += 1
+        if len(seen) == 10:
+            later.update(asked)
+        else:
+            looks_at_the_unsure_again += len(seen & set(asked))
+            seen.update(asked)
+        scores = score(*arguments)
+        for sequence, found in zip(asked, scores, strict=True):
+            is_sure = found.nats.max() <= settings.token_threshold / 2
+            (sure.add if is_sure else sure.discard)(sequence)
+        return scores
+
+    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    train(base, EDITS, settings, prefix=prefix, start=Start(learned=frozenset(edit.id for edit in EDITS)))
+    assert rounds
+    assert looks_at_the_unsure_again
+
+
 def test_a_resumed_run_sweeps_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     base, prefix = tiny_base(**ROOMY), PrefixCache()
     settings = config(**{**LEARNS, "batch_size": 1})
