@@ -9,6 +9,8 @@ from tests.chaos.asking import ask, served
 from tests.chaos.world import World
 from worker.delta import DeltaError, VersionStore, tensor_sha256
 
+_ENGINE_FAILED = "WorkerProc hit an exception"
+
 
 def aftermath(world: World) -> None:
     """Notes what is wrong."""
@@ -18,6 +20,7 @@ def aftermath(world: World) -> None:
         _answers(world)
     except (ClientError, DeltaError) as error:
         world.notes.wrong(f"what is left could not be looked at: {error}")
+    _engine(world)
     _doctor(world)
 
 
@@ -62,6 +65,13 @@ def _answers(world: World) -> None:
             world.judge.take(ask(http, question))
     if rest := world.judge.work_off():
         world.notes.wrong(f"{len(rest)} answers are labelled with versions that nobody can ask for: {rest[:3]}")
+
+
+def _engine(world: World) -> None:
+    """vLLM's engine never ended by itself: a supervisor that starts another hides it, and streams have ended in it."""
+    for path in world.settings.home.glob("logs/node.log*"):
+        if _ENGINE_FAILED in (said := path.read_text(errors="replace")):
+            world.notes.wrong(f"the engine failed:\n{said[said.index(_ENGINE_FAILED) :][:5000]}")
 
 
 def _doctor(world: World) -> None:

@@ -67,7 +67,7 @@ def ask(http: httpx.Client, question: Question, *, margin: bool = False) -> Samp
 
 
 def stream(http: httpx.Client, question: Question) -> Sample | None:
-    """The greedy answer, streamed; None if the stream broke off before its end. Raises ClientError."""
+    """The greedy answer, streamed; None if it broke off or ended in an error. Raises ClientError."""
     with (
         connection_errors(str(http.base_url)),
         http.stream("POST", question.route, json=question.body(stream=True)) as response,
@@ -78,7 +78,8 @@ def stream(http: httpx.Client, question: Question) -> Sample | None:
         said = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     if said[-1:] != ["[DONE]"]:
         return None
-    return _sample(question, response, [json.loads(line) for line in said[:-1]])
+    pieces = [json.loads(line) for line in said[:-1]]
+    return None if any("error" in piece for piece in pieces) else _sample(question, response, pieces)
 
 
 def served(http: httpx.Client) -> list[int]:

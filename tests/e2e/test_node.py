@@ -204,6 +204,21 @@ def test_a_node_outlives_its_cache_folder(node: Node) -> None:
         assert node.score(f"errata@{version}") == scores[version]
 
 
+def test_a_stream_outlives_the_eviction_of_its_version_and_its_folder(node: Node) -> None:
+    undisturbed = stream(node, 10, lambda: None)
+    with ThreadPoolExecutor(1) as pool:
+        evicted = []
+
+        def evict() -> None:
+            shutil.rmtree(node.folder / "cache")
+            evicted.append(pool.submit(node.client.delete, "/errata/versions/1"))
+
+        assert stream(node, 10, evict) == undisturbed
+        assert evicted[0].result().status_code == 204
+    assert 1 not in node.resident()
+    assert stream(node, 10, lambda: None) == undisturbed
+
+
 def test_the_node_says_what_it_is(node: Node) -> None:
     answer = node.client.get("/errata/versions").json()
     assert answer["fingerprint"] == checkpoint.fingerprint(node.model_dir)

@@ -1,5 +1,7 @@
 """What the server and its engine hold between them, over stand-ins for both."""
 
+import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -40,6 +42,9 @@ class Models:
     """Knows versions by name; version 7's adapter has the number 7."""
 
     lora_requests: dict[str, LoRARequest]
+
+    async def resolve_lora(self, name: str) -> LoRARequest:
+        return self.lora_requests.setdefault(name, LoRARequest(name, int(name.removeprefix("errata@")) + 10, "/again"))
 
     async def unload_lora_adapter(self, request: UnloadLoRAAdapterRequest) -> None:
         del self.lora_requests[request.lora_name]
@@ -104,6 +109,49 @@ async def test_an_evicted_version_is_pinned_no_more() -> None:
     await versions.pin({1, 2})
     await versions.evict(1)
     assert versions._turns.pinned == {2}
+
+
+async def test_an_evicted_version_leaves_the_engine_when_its_requests_have_ended() -> None:
+    versions = residents([1, 2], [1, 2])
+    request = versions._models.lora_requests["errata@1"]
+    async with versions._turns.turn(1):
+        eviction = asyncio.create_task(versions.evict(1))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert (versions._engine.held, eviction.done()) == ([1, 2], False)
+        assert not versions.knows(request)
+    await eviction
+    assert versions._engine.held == [2]
+
+
+async def test_a_version_that_comes_again_while_it_leaves_is_another_adapter() -> None:
+    versions = residents([1], [1])
+    request = versions._models.lora_requests["errata@1"]
+    async with versions._turns.turn(1):
+        eviction = asyncio.create_task(versions.evict(1))
+        await asyncio.sleep(0)
+        assert not versions.knows(request)
+        again = await versions.renewed(request)
+        versions._engine.held.append(again.lora_int_id)
+    await eviction
+    assert (versions._engine.held, versions.knows(again), versions.knows(request)) == ([11], True, False)
+
+
+@pytest.mark.parametrize(("in_flight", "left"), [([2], [2, 3]), ([2, 1], [1, 2]), ([1, 2, 3], [1, 3])])
+async def test_room_is_made_of_what_is_not_in_use_or_of_what_ends(in_flight: list[int], left: list[int]) -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    async with contextlib.AsyncExitStack() as turns:
+        for adapter in in_flight:
+            await turns.enter_async_context(versions._turns.turn(adapter))
+        made = asyncio.create_task(versions.make_room())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        if made.done():
+            assert sorted(versions._engine.held) == left
+        else:
+            assert sorted(versions._engine.held) == in_flight == [1, 2, 3]
+    await made
+    assert sorted(versions._engine.held) == left
 
 
 async def test_memory_is_that_of_all_ranks() -> None:

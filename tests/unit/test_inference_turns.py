@@ -33,6 +33,19 @@ class Engine:
         await asyncio.sleep(0)
 
 
+class Adapters:
+    """Knows adapters by number; one that was evicted is loaded again as 10 more."""
+
+    def __init__(self, *evicted: int) -> None:
+        self.evicted = set(evicted)
+
+    def knows(self, request: LoRARequest) -> bool:
+        return request.lora_int_id not in self.evicted
+
+    async def renewed(self, request: LoRARequest) -> LoRARequest:
+        return LoRARequest(request.lora_name, request.lora_int_id + 10, "/adapter")
+
+
 class Request:
     """A request that is in the engine from when it may until it is ended."""
 
@@ -200,11 +213,43 @@ async def test_an_answer_is_closed_before_its_turn_ends(turns: Turns) -> None:
             seen.append((lora_request and lora_request.lora_int_id, dict(turns._in_flight)))
 
     for request, in_flight in ((LoRARequest("errata@7", 7, "/adapter"), {7: 1}), (None, {})):
-        outputs = turns.in_turn(generate)("prompt", lora_request=request)
+        outputs = turns.in_turn(generate, Adapters())("prompt", lora_request=request)
         assert await anext(outputs) == "prompt"
         await outputs.aclose()
         assert seen.pop() == (request and 7, in_flight)
         assert not turns._in_flight
+
+
+async def test_a_request_whose_adapter_was_evicted_before_its_turn_has_it_loaded_again(turns: Turns) -> None:
+    adapters = Adapters()
+    asked: list[int] = []
+
+    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[str]:
+        asked.append(lora_request.lora_int_id)
+        assert turns.in_flight(lora_request.lora_int_id)
+        yield "said"
+
+    blocking = await started(turns, 1, 2, 3, 4)
+    request = LoRARequest("errata@7", 7, "/adapter")
+    answer = asyncio.create_task(anext(turns.in_turn(generate, adapters)(lora_request=request)))
+    await asyncio.sleep(0)
+    adapters.evicted = {7, 17}
+    await end(blocking[0])
+    assert (await answer, asked) == ("said", [27])
+    assert not turns.in_flight(7)
+    await end(*blocking[1:])
+
+
+async def test_the_end_of_an_adapters_requests_is_waited_for(turns: Turns) -> None:
+    requests = await started(turns, 1, 1, 2)
+    ended = asyncio.create_task(turns.ended(1))
+    for request in requests[:2]:
+        await asyncio.sleep(0)
+        assert not ended.done()
+        await end(request)
+    await asyncio.wait_for(ended, 1)
+    await turns.ended(1)
+    await end(requests[2])
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -90,11 +90,9 @@ class ResidentVersions:
         Raises DeltaError when the version is refused, LoadFailedError when the engine cannot load it.
         """
         try:
-            request = await self._models.resolve_lora(model_name(version))
+            request = await self._resolved(model_name(version))
         except VersionRefusedError as refusal:
             raise refusal.reason from refusal
-        if not isinstance(request, LoRARequest):
-            raise LoadFailedError(request.error.message)
         # A version that the server knew may have left its slot; this brings it back or does nothing.
         await self._engine.add_lora(request)
 
@@ -127,17 +125,18 @@ class ResidentVersions:
         await self._turns.pin(adapters, tell_engine)
 
     async def evict(self, version: int) -> None:
-        """Forget a version, in server and engine; requests in flight finish on it. Raises NotResidentError."""
-        name = model_name(version)
-        request = self._models.lora_requests.get(name)
+        """Forget a version: at once in the server, and in the engine when its requests in flight have ended.
+
+        Raises NotResidentError.
+        """
+        request = self._models.lora_requests.get(model_name(version))
         if request is None:
             raise NotResidentError(version)
-        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
-        await self._engine.remove_lora(request.lora_int_id)
-        self._turns.forget(request.lora_int_id)
+        await self._forget(request.lora_name)
+        await self._remove(request.lora_int_id)
 
     async def make_room(self) -> None:
-        """Evict the least recently used version that is not pinned if host memory is full.
+        """Evict the least recently used version that is not pinned, nor in use if one is not, if host memory is full.
 
         The engine would do so by itself, but the server would go on knowing the name, and the engine would read the
         version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
@@ -146,13 +145,37 @@ class ResidentVersions:
         """
         known = dict(self._models.lora_requests)  # before the engine is asked: what is loaded meanwhile is in no doubt
         slots = (await self._ranks())[0]
-        free = (adapter for adapter in slots if adapter not in self._turns.pinned)
-        oldest = next(free) if len(slots) >= self._host_slots else None
+        free = [adapter for adapter in slots if adapter not in self._turns.pinned]
+        oldest = min(free, key=self._turns.in_flight, default=None) if len(slots) >= self._host_slots else None
         for name, request in known.items():
             if request.lora_int_id == oldest or request.lora_int_id not in slots:
-                await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+                await self._forget(name)
         if oldest is not None:
-            await self._engine.remove_lora(oldest)
+            await self._remove(oldest)
+
+    def knows(self, request: LoRARequest) -> bool:
+        """Whether the server still has the version loaded as this adapter."""
+        known = self._models.lora_requests.get(request.lora_name)
+        return known is not None and known.lora_int_id == request.lora_int_id
+
+    async def renewed(self, request: LoRARequest) -> LoRARequest:
+        """The version of an adapter that was evicted, loaded again. Raises VersionRefusedError, LoadFailedError."""
+        return await self._resolved(request.lora_name)
+
+    async def _resolved(self, name: str) -> LoRARequest:
+        found = await self._models.resolve_lora(name)
+        if not isinstance(found, LoRARequest):
+            raise LoadFailedError(found.error.message)
+        return found
+
+    async def _forget(self, name: str) -> None:
+        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+
+    async def _remove(self, adapter: int) -> None:
+        # Its name has gone, so nothing of it comes to the engine any more; see Turns.in_turn.
+        await self._turns.ended(adapter)
+        await self._engine.remove_lora(adapter)
+        self._turns.forget(adapter)
 
     async def _ranks(self) -> Sequence[Mapping[int, SlotUse]]:
         return [

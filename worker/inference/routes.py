@@ -150,8 +150,9 @@ class VersionRoutes:
         """Connect the routes to the engine. Fails, and with it the server, if the tuned layers cannot hold versions."""
         assert isinstance(engine_client, AsyncLLM)  # noqa: S101  the one engine of vLLM's server
         turns = Turns(args.max_loras)
-        engine_client.generate = turns.in_turn(engine_client.generate)  # type: ignore[method-assign,assignment]
         residents = ResidentVersions(engine_client, state.openai_serving_models, turns, args.max_cpu_loras)
+        in_turn = turns.in_turn(engine_client.generate, residents)
+        engine_client.generate = in_turn  # type: ignore[method-assign,assignment]
         await residents.check_parameters(location_shapes(self._environment.model_dir, self._environment.location))
         resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
         assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin registered it

@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.lora.request import LoRARequest
 
@@ -22,6 +22,16 @@ class TooManyPinsError(Exception):
 
 class SlotsInUseError(Exception):
     """Requests under way need the slots that were to be pinned."""
+
+
+class Adapters(Protocol):
+    """Which adapters the server knows."""
+
+    def knows(self, request: LoRARequest) -> bool:
+        """Whether the request's adapter has not been evicted."""
+
+    async def renewed(self, request: LoRARequest) -> LoRARequest:
+        """The same version loaded again."""
 
 
 class Turns:
@@ -42,19 +52,26 @@ class Turns:
         """The adapters that are pinned."""
         return self._pinned
 
-    def in_turn(self, generate: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-        """The engine's `generate`, each call in its adapter's turn until its last output or its end."""
+    def in_turn(self, generate: Callable[..., Any], adapters: Adapters) -> Callable[..., AsyncIterator[Any]]:
+        """The engine's `generate`, each call in its adapter's turn until its last output or its end.
+
+        A request whose adapter was evicted before its turn came has the version loaded again: the engine would read
+        the adapter's folder in the middle of a batch, unverified, and end where the folder has gone.
+        """
 
         async def generate_in_turn(
             *args: Any, lora_request: LoRARequest | None = None, **options: Any
         ) -> AsyncIterator[Any]:
-            # The answer is closed first: an abort must be on its way to the engine before another version's request.
-            async with (
-                self.turn(lora_request.lora_int_id if lora_request else None),
-                aclosing(generate(*args, lora_request=lora_request, **options)) as outputs,
-            ):
-                async for output in outputs:
-                    yield output
+            while True:
+                async with self.turn(lora_request.lora_int_id if lora_request else None):
+                    if lora_request is None or adapters.knows(lora_request):
+                        # Closed before the turn ends: an abort must be on its way to the engine before another
+                        # version's request.
+                        async with aclosing(generate(*args, lora_request=lora_request, **options)) as outputs:
+                            async for output in outputs:
+                                yield output
+                        return
+                lora_request = await adapters.renewed(lora_request)
 
         return generate_in_turn
 
@@ -95,6 +112,16 @@ class Turns:
             finally:
                 self._to_be_pinned = self._pinned
                 self._admit()
+
+    def in_flight(self, adapter: int) -> bool:
+        """Whether the engine answers requests of the adapter."""
+        return adapter in self._in_flight
+
+    async def ended(self, adapter: int) -> None:
+        """Returns when the engine answers no request of the adapter any more."""
+        while self.in_flight(adapter):
+            self._left.clear()
+            await self._left.wait()
 
     def forget(self, adapter: int) -> None:
         """The engine has forgotten the adapter, and with it that it was pinned."""
