@@ -27,19 +27,23 @@ class Connections(AiohttpTransport):
         Raises:
             httpx.HTTPError: there is none. A node that closes the connection instead counts as not reached.
         """
+        timeouts = request.extensions["timeout"]
         try:
-            response = await super().handle_async_request(request)
-        except ClientError as error:
+            # aiohttp bounds the wait for an answer, but not how long a node takes to read the question.
+            async with asyncio.timeout(timeouts["connect"] + timeouts["read"]):
+                response = await super().handle_async_request(request)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout("no answer begins", request=request) from error
+        except (ClientError, UnicodeError) as error:
             raise httpx.RemoteProtocolError(str(error), request=request) from error
-        pieces = cast("httpx.AsyncByteStream", response.stream)
-        response.stream = _InTime(pieces, request.extensions["timeout"]["read"])
+        response.stream = _InTime(cast("httpx.AsyncByteStream", response.stream), timeouts["read"])
         return response
 
 
 class _InTime(httpx.AsyncByteStream):
     """A body whose pieces come in time. aiohttp waits for ever behind a chunk that has no length."""
 
-    def __init__(self, pieces: httpx.AsyncByteStream, timeout_s: float | None) -> None:
+    def __init__(self, pieces: httpx.AsyncByteStream, timeout_s: float) -> None:
         self._pieces = pieces
         self._timeout_s = timeout_s
 

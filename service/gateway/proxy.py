@@ -1,5 +1,6 @@
 """Forwards a request to a node and its answer back, streamed or whole."""
 
+import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
@@ -17,6 +18,9 @@ from service.nodes import version_name
 from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
+
+# What vLLM says within a stream that it has begun. No text can look like it: its quotation marks would be escaped.
+_ERROR_PIECE = b'data: {"error"'
 
 
 class Proxy:
@@ -88,6 +92,8 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
         # With the first piece in hand the node has begun; before, another could have taken the request.
         with passage.waiting():
             first = await anext(pieces, b"")
+        if failure := _failure(first):
+            raise UnavailableError(f"the node failed: {failure}", code="node_error")
         passage.first_byte(streamed=True)
         return _Stream(_joined(first, pieces, passage), headers=headers, media_type=kind, held=held.pop_all())
     with passage.waiting():
@@ -100,6 +106,9 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
         passage.end("ok")
         return Response(content, headers=headers, media_type=kind)
     error = _error(upstream)
+    if upstream.status_code == 404 and error["param"] is None:
+        # The route is there. The node had forgotten the version by the time it came to the request.
+        raise UnavailableError(f"the node lost version {version} meanwhile: {error['message']}", code="node_error")
     if upstream.is_server_error:
         raise UnavailableError(f"the node failed: {error['message']}", code=error["code"])
     response = JSONResponse({"error": error}, status_code=upstream.status_code, headers=headers)
@@ -123,13 +132,26 @@ class _Stream(StreamingResponse):
 
 async def _joined(first: bytes, rest: AsyncIterator[bytes], passage: Passage) -> AsyncIterator[bytes]:
     yield first
+    failed = False
     try:
         async for piece in rest:
+            failed = failed or _ERROR_PIECE in piece
             yield piece
     except httpx.HTTPError:
         passage.end("broken")
         raise
-    passage.end("ok")
+    passage.end("broken" if failed else "ok")
+
+
+def _failure(piece: bytes) -> str | None:
+    """What the node said has failed in it, if that is how its stream begins."""
+    if not piece.startswith(_ERROR_PIECE):
+        return None
+    try:
+        error = json.loads(piece.partition(b"\n")[0].removeprefix(b"data: "))["error"]
+        return str(error["message"]) if int(error["code"]) >= 500 else None
+    except (ValueError, KeyError, TypeError):
+        return piece[:500].decode(errors="replace")
 
 
 def _error(upstream: httpx.Response) -> Mapping[str, str | None]:

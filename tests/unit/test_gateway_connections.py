@@ -64,9 +64,9 @@ async def proxy_to(talk: Talk, *, timeout_s: float = 5) -> AsyncIterator[Proxy]:
             await asyncio.gather(*talks)
 
 
-async def forward(proxy: Proxy, metrics: ServiceMetrics | None = None) -> Response:
+async def forward(proxy: Proxy, metrics: ServiceMetrics | None = None, *, prompt: str = "p") -> Response:
     passage = Passage(metrics or ServiceMetrics(), 7, began=time.perf_counter())
-    return await proxy.forward("/v1/completions", {"prompt": "p"}, 7, passage)
+    return await proxy.forward("/v1/completions", {"prompt": prompt}, 7, passage)
 
 
 async def leaves() -> Message:
@@ -79,6 +79,7 @@ async def leaves() -> Message:
         b"",
         b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-",
+        b"HTTP/1.1 200 \xff\r\n\r\n",
         HEAD + b"Content-Length: 100\r\n\r\n{",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{}",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
@@ -96,6 +97,19 @@ async def test_a_node_that_falls_silent_before_its_answer_is_there_is_a_504(cont
     async with proxy_to(says(content, and_waits=True), timeout_s=0.2) as proxy:
         with pytest.raises(NodeTimeoutError):
             await forward(proxy)
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # Python tells of it only where asked to
+async def test_a_node_that_does_not_read_the_question_is_a_504() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.pause_reading()
+        await done.wait()
+
+    done = asyncio.Event()
+    async with proxy_to(talk, timeout_s=0.3) as proxy:
+        with pytest.raises(NodeTimeoutError):
+            await forward(proxy, prompt="long " * 2_000_000)
+        done.set()
 
 
 @pytest.mark.parametrize("rest", [b"", b"5\r\nda", b"zz\r\n"])

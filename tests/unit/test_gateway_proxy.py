@@ -133,7 +133,20 @@ def streams(stream: httpx.AsyncByteStream) -> Handler:
     return lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=stream)
 
 
-@pytest.mark.parametrize("broken", [breaks_off, fails, refuses_the_token, streams(BreaksOff(0))])
+def forgot_the_version(_: httpx.Request) -> httpx.Response:
+    return httpx.Response(404, json={"error": {"message": "no errata@7", "type": "t", "param": None, "code": 404}})
+
+
+def errs(code: int) -> Handler:
+    """A stream in which vLLM says what went wrong."""
+    error = json.dumps({"error": {"message": "what it was", "type": "t", "param": None, "code": code}})
+    return streams(httpx.ByteStream(f"data: {error}\n\ndata: [DONE]\n\n".encode()))
+
+
+BROKEN = [breaks_off, fails, refuses_the_token, forgot_the_version, streams(BreaksOff(0)), errs(500)]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 async def test_before_the_first_byte_another_node_takes_over(broken: Handler) -> None:
     nodes = Nodes(a=broken, b=completes)
     proxy = proxy_of(nodes)
@@ -144,7 +157,13 @@ async def test_before_the_first_byte_another_node_takes_over(broken: Handler) ->
 
 @pytest.mark.parametrize(
     ("broken", "code"),
-    [(breaks_off, "node_unavailable"), (fails, "dead"), (streams(BreaksOff(0)), "node_unavailable")],
+    [
+        (breaks_off, "node_unavailable"),
+        (fails, "dead"),
+        (streams(BreaksOff(0)), "node_unavailable"),
+        (errs(500), "node_error"),
+        (forgot_the_version, "node_error"),
+    ],
 )
 async def test_when_every_node_fails_the_last_ones_reason_is_told(broken: Handler, code: str) -> None:
     nodes = Nodes(a=broken, b=broken)
@@ -336,7 +355,39 @@ async def test_a_streams_end_and_first_byte_are_measured(broken: bool, outcome: 
     assert pieces.closed
 
 
-@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (404, "client_error")])
+async def test_an_error_in_the_middle_of_a_stream_is_counted_and_passed_on() -> None:
+    metrics = ServiceMetrics()
+    pieces = iter([b"data: 0\n\n", b'data: {"error": {"message": "engine dead", "code": 500}}\n\ndata: [DONE]\n\n'])
+
+    class Dies(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for piece in pieces:
+                yield piece
+
+    written: list[bytes] = []
+
+    async def write(message: Message) -> None:
+        written.append(message.get("body", b""))
+
+    await sent(await forward(proxy_of(Nodes(a=streams(Dies()))), metrics=metrics, stream=True), write)
+    assert b"engine dead" in b"".join(written)
+    labels = {"version": "7", "outcome": "broken"}
+    assert metrics.registry.get_sample_value("errata_gateway_requests_total", labels) == 1
+
+
+async def test_a_stream_that_begins_with_what_the_client_did_wrong_is_passed_on() -> None:
+    nodes = Nodes(a=errs(400), b=completes)
+    written: list[bytes] = []
+
+    async def write(message: Message) -> None:
+        written.append(message.get("body", b""))
+
+    await sent(await forward(proxy_of(nodes), stream=True), write)
+    assert b"what it was" in b"".join(written)
+    assert len(nodes.seen) == 1
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(200, "ok"), (400, "client_error")])
 async def test_an_answers_outcome_is_counted(status: int, outcome: str) -> None:
     metrics = ServiceMetrics()
     await forward(proxy_of(Nodes(a=lambda _: httpx.Response(status, json={}))), metrics=metrics)

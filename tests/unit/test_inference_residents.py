@@ -5,7 +5,6 @@ import contextlib
 from dataclasses import dataclass, field
 
 import pytest
-from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
 from worker.inference.residents import NotResidentError, ResidentVersions
@@ -33,6 +32,13 @@ class Engine:
         use = {adapter: (None if at else 0, 0 if at else 10, 30) for at, adapter in enumerate(self.held)}
         return {"errata_slots": [use] * self.ranks, "errata_parameters": self.parameters}[method]
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        await asyncio.sleep(0)
+        if lora_request.lora_int_id not in self.held:
+            self.held.append(lora_request.lora_int_id)
+        assert len(self.held) <= HOST_SLOTS, "the engine must evict by itself"
+        return True
+
     async def remove_lora(self, lora_id: int) -> None:
         self.held.remove(lora_id)
 
@@ -46,8 +52,9 @@ class Models:
     async def resolve_lora(self, name: str) -> LoRARequest:
         return self.lora_requests.setdefault(name, LoRARequest(name, int(name.removeprefix("errata@")) + 10, "/again"))
 
-    async def unload_lora_adapter(self, request: UnloadLoRAAdapterRequest) -> None:
-        del self.lora_requests[request.lora_name]
+    def load(self, number: int) -> LoRARequest:
+        name = f"errata@{number}"
+        return self.lora_requests.setdefault(name, LoRARequest(name, number, "/adapter"))
 
 
 def residents(
@@ -57,20 +64,38 @@ def residents(
     return ResidentVersions(Engine(held, parameters or [], ranks=ranks), models, Turns(SLOTS), HOST_SLOTS)
 
 
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def known(versions: ResidentVersions) -> list[int]:
+    return sorted(request.lora_int_id for request in versions._models.lora_requests.values())
+
+
 @pytest.mark.parametrize(
-    ("held", "named", "left"),
+    ("held", "left"),
     [
-        pytest.param([1, 2], [1, 2], [1, 2], id="there is room"),
-        pytest.param([2, 1, 3], [1, 2, 3], [1, 3], id="the least recently used goes"),
-        pytest.param([2, 3], [1, 2, 3], [2, 3], id="the engine has evicted by itself"),
-        pytest.param([2, 3, 4], [1, 2, 3, 4], [3, 4], id="both"),
+        pytest.param([1, 2], [1, 2, 4], id="there is room"),
+        pytest.param([2, 1, 3], [1, 3, 4], id="the least recently used goes"),
     ],
 )
-async def test_room_is_made_in_engine_and_server_alike(held: list[int], named: list[int], left: list[int]) -> None:
-    versions = residents(held, named)
-    await versions.make_room()
-    assert sorted(versions._engine.held) == left
-    assert sorted(request.lora_int_id for request in versions._models.lora_requests.values()) == left
+async def test_room_is_made_in_engine_and_server_alike(held: list[int], left: list[int]) -> None:
+    versions = residents(held, held)
+    await versions.add_lora(versions._models.load(4))
+    assert sorted(versions._engine.held) == known(versions) == left
+
+
+async def test_what_is_loaded_needs_no_room() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    await versions.prefetch(1)
+    assert versions._engine.held == [2, 1, 3]
+
+
+async def test_several_loads_at_once_never_have_the_engine_evict_by_itself() -> None:
+    versions = residents([1, 2, 3], [1, 2, 3])
+    await asyncio.gather(*(versions.add_lora(versions._models.load(number)) for number in range(4, 9)))
+    assert sorted(versions._engine.held) == known(versions) == [6, 7, 8]
 
 
 @pytest.mark.parametrize("ranks", [[[]], [[K]], [[K], [K]], [[K, Q, "model.layers.3.mlp.down_proj.weight"]]])
@@ -88,8 +113,8 @@ async def test_room_is_not_made_of_what_is_pinned() -> None:
     versions = residents([2, 1, 3], [1, 2, 3])
     await versions.pin({2})
     assert versions._engine.pinned == [2]
-    await versions.make_room()
-    assert versions._engine.held == [2, 3]
+    await versions.add_lora(versions._models.load(4))
+    assert versions._engine.held == [2, 3, 4]
 
 
 async def test_what_is_not_loaded_cannot_be_pinned_and_changes_nothing() -> None:
@@ -108,6 +133,7 @@ async def test_an_evicted_version_is_pinned_no_more() -> None:
     versions = residents([1, 2], [1, 2])
     await versions.pin({1, 2})
     await versions.evict(1)
+    await settled()
     assert versions._turns.pinned == {2}
 
 
@@ -115,12 +141,12 @@ async def test_an_evicted_version_leaves_the_engine_when_its_requests_have_ended
     versions = residents([1, 2], [1, 2])
     request = versions._models.lora_requests["errata@1"]
     async with versions._turns.turn(1):
-        eviction = asyncio.create_task(versions.evict(1))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert (versions._engine.held, eviction.done()) == ([1, 2], False)
-        assert not versions.knows(request)
-    await eviction
+        await versions.evict(1)
+        await settled()
+        assert (versions._engine.held, known(versions), versions.knows(request)) == ([1, 2], [2], False)
+        with pytest.raises(NotResidentError):
+            await versions.evict(1)
+    await settled()
     assert versions._engine.held == [2]
 
 
@@ -128,30 +154,33 @@ async def test_a_version_that_comes_again_while_it_leaves_is_another_adapter() -
     versions = residents([1], [1])
     request = versions._models.lora_requests["errata@1"]
     async with versions._turns.turn(1):
-        eviction = asyncio.create_task(versions.evict(1))
-        await asyncio.sleep(0)
-        assert not versions.knows(request)
+        await versions.evict(1)
         again = await versions.renewed(request)
-        versions._engine.held.append(again.lora_int_id)
-    await eviction
+        await versions.add_lora(again)
+    await settled()
     assert (versions._engine.held, versions.knows(again), versions.knows(request)) == ([11], True, False)
 
 
-@pytest.mark.parametrize(("in_flight", "left"), [([2], [2, 3]), ([2, 1], [1, 2]), ([1, 2, 3], [1, 3])])
-async def test_room_is_made_of_what_is_not_in_use_or_of_what_ends(in_flight: list[int], left: list[int]) -> None:
+@pytest.mark.parametrize(("asked", "left"), [([2], [2, 3, 4]), ([2, 1], [1, 2, 4])])
+async def test_room_is_made_of_what_nobody_asks(asked: list[int], left: list[int]) -> None:
     versions = residents([2, 1, 3], [1, 2, 3])
     async with contextlib.AsyncExitStack() as turns:
-        for adapter in in_flight:
+        for adapter in asked:
             await turns.enter_async_context(versions._turns.turn(adapter))
-        made = asyncio.create_task(versions.make_room())
-        for _ in range(5):
-            await asyncio.sleep(0)
-        if made.done():
-            assert sorted(versions._engine.held) == left
-        else:
-            assert sorted(versions._engine.held) == in_flight == [1, 2, 3]
-    await made
-    assert sorted(versions._engine.held) == left
+        await versions.add_lora(versions._models.load(4))
+        assert sorted(versions._engine.held) == known(versions) == left
+
+
+async def test_where_all_are_asked_the_least_recently_used_is_waited_for() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    async with contextlib.AsyncExitStack() as turns:
+        for adapter in (1, 2, 3):
+            await turns.enter_async_context(versions._turns.turn(adapter))
+        loading = asyncio.create_task(versions.add_lora(versions._models.load(4)))
+        await settled()
+        assert (versions._engine.held, known(versions)) == ([2, 1, 3], [1, 3, 4])
+    await loading
+    assert versions._engine.held == [1, 3, 4]
 
 
 async def test_memory_is_that_of_all_ranks() -> None:

@@ -226,17 +226,18 @@ async def test_a_request_whose_adapter_was_evicted_before_its_turn_has_it_loaded
 
     async def generate(*, lora_request: LoRARequest) -> AsyncIterator[str]:
         asked.append(lora_request.lora_int_id)
-        assert turns.in_flight(lora_request.lora_int_id)
+        assert turns.wanted(lora_request.lora_int_id)
         yield "said"
 
     blocking = await started(turns, 1, 2, 3, 4)
     request = LoRARequest("errata@7", 7, "/adapter")
     answer = asyncio.create_task(anext(turns.in_turn(generate, adapters)(lora_request=request)))
     await asyncio.sleep(0)
+    assert turns.wanted(7), "it waits"
     adapters.evicted = {7, 17}
     await end(blocking[0])
     assert (await answer, asked) == ("said", [27])
-    assert not turns.in_flight(7)
+    assert not turns.wanted(7)
     await end(*blocking[1:])
 
 

@@ -1,10 +1,10 @@
 """The versions that a node holds: load one, read one back, evict one."""
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -48,6 +48,9 @@ class ResidentVersions:
         self._models = models
         self._turns = turns
         self._host_slots = host_slots
+        self._add_lora = engine.add_lora
+        self._loading = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def check_parameters(self, parameters: Collection[str]) -> None:
         """Raise LookupError unless `parameters` are exactly those that versions replace in this engine.
@@ -94,7 +97,7 @@ class ResidentVersions:
         except VersionRefusedError as refusal:
             raise refusal.reason from refusal
         # A version that the server knew may have left its slot; this brings it back or does nothing.
-        await self._engine.add_lora(request)
+        await self.add_lora(request)
 
     async def checksums(self, version: int) -> dict[str, str]:
         """Return the sha256 by parameter name of a version's matrices, read back from its slot.
@@ -132,26 +135,34 @@ class ResidentVersions:
         request = self._models.lora_requests.get(model_name(version))
         if request is None:
             raise NotResidentError(version)
-        await self._forget(request.lora_name)
-        await self._remove(request.lora_int_id)
+        self._forget(request)
+        leaving = asyncio.create_task(self._remove(request.lora_int_id))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
-    async def make_room(self) -> None:
-        """Evict the least recently used version that is not pinned, nor in use if one is not, if host memory is full.
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Stands in for the engine's `add_lora`: one at a time, and none that the engine has no room for.
 
-        The engine would do so by itself, but the server would go on knowing the name, and the engine would read the
+        The engine would make room by itself, but the server would go on knowing the name, and the engine would read the
         version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
-        engine down; a name that has gone is resolved and verified again. Two loads at once can both find the last
-        place free, and the engine then does evict; the next load makes the server forget that name.
+        engine down; a name that has gone is resolved and verified again.
         """
-        known = dict(self._models.lora_requests)  # before the engine is asked: what is loaded meanwhile is in no doubt
-        slots = (await self._ranks())[0]
+        async with self._loading:
+            slots = (await self._ranks())[0]
+            if lora_request.lora_int_id not in slots and len(slots) >= self._host_slots:
+                await self._make_room(slots)
+            return await self._add_lora(lora_request)
+
+    async def _make_room(self, slots: Mapping[int, SlotUse]) -> None:
+        """Evict the least recently used version that is not pinned and, if there is such a one, that nobody asks."""
         free = [adapter for adapter in slots if adapter not in self._turns.pinned]
-        oldest = min(free, key=self._turns.in_flight, default=None) if len(slots) >= self._host_slots else None
-        for name, request in known.items():
-            if request.lora_int_id == oldest or request.lora_int_id not in slots:
-                await self._forget(name)
-        if oldest is not None:
-            await self._remove(oldest)
+        oldest = min(free, key=self._turns.wanted, default=None)
+        if oldest is None:
+            return
+        for request in list(self._models.lora_requests.values()):
+            if request.lora_int_id == oldest:
+                self._forget(request)
+        await self._remove(oldest)
 
     def knows(self, request: LoRARequest) -> bool:
         """Whether the server still has the version loaded as this adapter."""
@@ -168,8 +179,9 @@ class ResidentVersions:
             raise LoadFailedError(found.error.message)
         return found
 
-    async def _forget(self, name: str) -> None:
-        await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+    def _forget(self, request: LoRARequest) -> None:
+        # At once, unlike the server's own route, which waits for who is loading the name.
+        del self._models.lora_requests[request.lora_name]
 
     async def _remove(self, adapter: int) -> None:
         # Its name has gone, so nothing of it comes to the engine any more; see Turns.in_turn.

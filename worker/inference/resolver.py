@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
 
 from typing_extensions import override
 from vllm.exceptions import VLLMClientError
@@ -46,11 +45,6 @@ class VersionResolver(LoRAResolver):
 
     def __init__(self, adapters: AdapterCache) -> None:
         self._adapters = adapters
-        self._make_room: Callable[[], Awaitable[None]] | None = None
-
-    def before_each_load(self, make_room: Callable[[], Awaitable[None]]) -> None:
-        """Have `make_room` awaited before a version is handed to the engine."""
-        self._make_room = make_room
 
     @override
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
@@ -63,7 +57,5 @@ class VersionResolver(LoRAResolver):
         except DeltaError as reason:
             logger.warning("version_refused version=%d error=%s reason=%s", version, type(reason).__name__, reason)
             raise VersionRefusedError(reason) from reason
-        if self._make_room:
-            await self._make_room()
         # vLLM sets the integer itself after this returns.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))

@@ -17,7 +17,6 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.checkpoint import location_shapes
@@ -31,7 +30,7 @@ from worker.delta import (
 )
 from worker.inference.environment import NodeEnvironment
 from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
-from worker.inference.resolver import RESOLVER, VersionRefusedError, VersionResolver
+from worker.inference.resolver import VersionRefusedError
 from worker.inference.turns import SlotsInUseError, TooManyPinsError, Turns
 
 
@@ -153,10 +152,8 @@ class VersionRoutes:
         residents = ResidentVersions(engine_client, state.openai_serving_models, turns, args.max_cpu_loras)
         in_turn = turns.in_turn(engine_client.generate, residents)
         engine_client.generate = in_turn  # type: ignore[method-assign,assignment]
+        engine_client.add_lora = residents.add_lora  # type: ignore[method-assign]
         await residents.check_parameters(location_shapes(self._environment.model_dir, self._environment.location))
-        resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
-        assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin registered it
-        resolver.before_each_load(residents.make_room)
         state.errata_residents = residents
         state.errata_identity = {
             "fingerprint": self._environment.fingerprint,

@@ -113,13 +113,13 @@ class Turns:
                 self._to_be_pinned = self._pinned
                 self._admit()
 
-    def in_flight(self, adapter: int) -> bool:
-        """Whether the engine answers requests of the adapter."""
-        return adapter in self._in_flight
+    def wanted(self, adapter: int) -> bool:
+        """Whether requests of the adapter are in the engine, or wait for their turn."""
+        return adapter in self._in_flight or any(waiting == adapter for waiting, _ in self._waiting)
 
     async def ended(self, adapter: int) -> None:
         """Returns when the engine answers no request of the adapter any more."""
-        while self.in_flight(adapter):
+        while adapter in self._in_flight:
             self._left.clear()
             await self._left.wait()
 
