@@ -377,6 +377,27 @@ def test_a_round_of_sweeps_looks_again_at_the_unsure_only(
     assert looks_at_the_unsure_again
 
 
+@pytest.mark.parametrize(("batch_size", "looked_at"), [(1, 2), (3, 4), (9, 10), (20, 10)])
+def test_a_sweep_ends_when_a_batch_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, looked_at: int
+) -> None:
+    base, prefix = tiny_base(**ROOMY), PrefixCache()
+    known = train(base, EDITS, config(**LEARNS), prefix=prefix)
+    swept: list[TokenSequence] = []
+
+    def all_forgotten(*arguments: Any) -> list[TokenScores]:
+        swept.extend(arguments[-1])
+        return [replace(scores, nats=scores.nats + 9) for scores in score(*arguments)]
+
+    monkeypatch.setattr(breadth_first, "score", all_forgotten)
+    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
+    settings = config(**{**LEARNS, "batch_size": batch_size})
+    with pytest.raises(TrainingCancelledError):
+        train(base, EDITS, settings, prefix=prefix, start=start, hooks=Hooks(should_stop=lambda: bool(swept)))
+    assert len(swept) == looked_at
+
+
 def test_a_resumed_run_sweeps_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     base, prefix = tiny_base(**ROOMY), PrefixCache()
     settings = config(**{**LEARNS, "batch_size": 1})

@@ -63,7 +63,7 @@ class Start:
 
 FROM_BASE = Start()
 
-# A sweep ends behind the first so many sequences of which one is forgotten: training would change the others again.
+# A sweep looks at so many sequences before it asks itself whether to go on.
 _CHECKED_AT_ONCE = 256
 
 
@@ -303,22 +303,26 @@ class _Run:
         return int((~learned).sum())
 
     def _sweep(self) -> bool:
-        """Whether all sequences are learned at these weights; if not, the first that were forgotten are marked.
+        """Whether all sequences are learned at these weights; if not, a batch of those that were forgotten is marked.
 
-        A sweep looks at the unsure and, from where the last one ended, at the rest: what was sure when it was just
-        looked at seldom is forgotten a few steps later, and one that looked at it again each time would come late to
-        what lies behind it. A round, which begins with the least sure, is over when everything was looked at; it says
-        yes if no step was taken in it.
+        More would be in vain, as training the batch changes the rest. A sweep looks at the unsure and, from where the
+        last one ended, at the rest: what was sure when it was just looked at seldom is forgotten a few steps later, and
+        one that looked at it again each time would come late to what lies behind it. A round, which begins with the
+        least sure, is over when everything was looked at; it says yes if no step was taken in it.
         """
         while True:
             if self._unswept.all():
                 self._swept_since = self._steps
             due = self._unswept | (self._worst > self._config.token_threshold / 2)
             order = self._worst.argsort(descending=True, stable=True)
+            forgotten = 0
             for numbers in order[due[order]].split(_CHECKED_AT_ONCE):
                 self._unswept[numbers] = False
-                if not self._check(numbers.tolist()):
+                forgotten += self._check(numbers.tolist())
+                if forgotten >= self._config.batch_size:
                     return False
+            if forgotten:
+                return False
             if self._swept_since == self._steps:
                 return True
             self._unswept.fill_(True)
@@ -327,8 +331,8 @@ class _Run:
     def _steps(self) -> int:
         return sum(report.steps for report in self.reports)
 
-    def _check(self, numbers: Sequence[int]) -> bool:
-        """Score the sequences and mark them; whether all are learned."""
+    def _check(self, numbers: Sequence[int]) -> int:
+        """Score the sequences and mark them; answers how many are not learned."""
         mine = self._ranks.share([self.sequences[number] for number in numbers])
         scores = score(self._base, self.learner.tensors(), self._prefix, mine)
         found = [(one.nats.mean().item(), one.nats.max().item()) for one in scores]
@@ -336,7 +340,7 @@ class _Run:
             self._ranks.gather(torch.tensor([pair[which] for pair in found], device=self._base.device), len(numbers))
             for which in range(2)
         )
-        return self._mark(numbers, mean.cpu(), worst.cpu()) == 0
+        return self._mark(numbers, mean.cpu(), worst.cpu())
 
     def _identity(self, sequences: int) -> str:
         return identity(self._base, self._config, self._start, self.sequences[:sequences])
