@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -48,20 +49,30 @@ class Models:
     """Knows versions by name; version 7's adapter has the number 7."""
 
     lora_requests: dict[str, LoRARequest]
+    add_lora: Callable[[LoRARequest], Awaitable[bool]] | None = None
 
     async def resolve_lora(self, name: str) -> LoRARequest:
-        return self.lora_requests.setdefault(name, LoRARequest(name, int(name.removeprefix("errata@")) + 10, "/again"))
-
-    def load(self, number: int) -> LoRARequest:
-        name = f"errata@{number}"
-        return self.lora_requests.setdefault(name, LoRARequest(name, number, "/adapter"))
+        if name not in self.lora_requests:
+            request = LoRARequest(name, int(name.removeprefix("errata@")) + 10, "/again")
+            await self.add_lora(request)
+            self.lora_requests[name] = request
+        return self.lora_requests[name]
 
 
 def residents(
     held: list[int], named: list[int], parameters: list[list[str]] | None = None, ranks: int = 1
 ) -> ResidentVersions:
     models = Models({f"errata@{number}": LoRARequest(f"errata@{number}", number, "/adapter") for number in named})
-    return ResidentVersions(Engine(held, parameters or [], ranks=ranks), models, Turns(SLOTS), HOST_SLOTS)
+    versions = ResidentVersions(Engine(held, parameters or [], ranks=ranks), models, Turns(SLOTS), HOST_SLOTS)
+    models.add_lora = versions.add_lora
+    return versions
+
+
+async def load(versions: ResidentVersions, number: int) -> None:
+    """As the server's `resolve_lora` does."""
+    request = LoRARequest(f"errata@{number}", number, "/adapter")
+    await versions.add_lora(request)
+    versions._models.lora_requests[request.lora_name] = request
 
 
 async def settled() -> None:
@@ -82,7 +93,7 @@ def known(versions: ResidentVersions) -> list[int]:
 )
 async def test_room_is_made_in_engine_and_server_alike(held: list[int], left: list[int]) -> None:
     versions = residents(held, held)
-    await versions.add_lora(versions._models.load(4))
+    await load(versions, 4)
     assert sorted(versions._engine.held) == known(versions) == left
 
 
@@ -94,7 +105,7 @@ async def test_what_is_loaded_needs_no_room() -> None:
 
 async def test_several_loads_at_once_never_have_the_engine_evict_by_itself() -> None:
     versions = residents([1, 2, 3], [1, 2, 3])
-    await asyncio.gather(*(versions.add_lora(versions._models.load(number)) for number in range(4, 9)))
+    await asyncio.gather(*(load(versions, number) for number in range(4, 9)))
     assert sorted(versions._engine.held) == known(versions) == [6, 7, 8]
 
 
@@ -113,7 +124,7 @@ async def test_room_is_not_made_of_what_is_pinned() -> None:
     versions = residents([2, 1, 3], [1, 2, 3])
     await versions.pin({2})
     assert versions._engine.pinned == [2]
-    await versions.add_lora(versions._models.load(4))
+    await load(versions, 4)
     assert versions._engine.held == [2, 3, 4]
 
 
@@ -156,7 +167,6 @@ async def test_a_version_that_comes_again_while_it_leaves_is_another_adapter() -
     async with versions._turns.turn(1):
         await versions.evict(1)
         again = await versions.renewed(request)
-        await versions.add_lora(again)
     await settled()
     assert (versions._engine.held, versions.knows(again), versions.knows(request)) == ([11], True, False)
 
@@ -167,7 +177,7 @@ async def test_room_is_made_of_what_nobody_asks(asked: list[int], left: list[int
     async with contextlib.AsyncExitStack() as turns:
         for adapter in asked:
             await turns.enter_async_context(versions._turns.turn(adapter))
-        await versions.add_lora(versions._models.load(4))
+        await load(versions, 4)
         assert sorted(versions._engine.held) == known(versions) == left
 
 
@@ -176,9 +186,9 @@ async def test_where_all_are_asked_the_least_recently_used_is_waited_for() -> No
     async with contextlib.AsyncExitStack() as turns:
         for adapter in (1, 2, 3):
             await turns.enter_async_context(versions._turns.turn(adapter))
-        loading = asyncio.create_task(versions.add_lora(versions._models.load(4)))
+        loading = asyncio.create_task(load(versions, 4))
         await settled()
-        assert (versions._engine.held, known(versions)) == ([2, 1, 3], [1, 3, 4])
+        assert (versions._engine.held, known(versions)) == ([2, 1, 3], [1, 3])
     await loading
     assert versions._engine.held == [1, 3, 4]
 

@@ -148,13 +148,15 @@ class ResidentVersions:
         engine down; a name that has gone is resolved and verified again.
         """
         async with self._loading:
-            slots = (await self._ranks())[0]
-            if lora_request.lora_int_id not in slots and len(slots) >= self._host_slots:
-                await self._make_room(slots)
+            if not self.knows(lora_request):  # what it knows is loaded
+                await self._make_room()
             return await self._add_lora(lora_request)
 
-    async def _make_room(self, slots: Mapping[int, SlotUse]) -> None:
+    async def _make_room(self) -> None:
         """Evict the least recently used version that is not pinned and, if there is such a one, that nobody asks."""
+        slots = (await self._ranks())[0]
+        if len(slots) < self._host_slots:
+            return
         free = [adapter for adapter in slots if adapter not in self._turns.pinned]
         oldest = min(free, key=self._turns.wanted, default=None)
         if oldest is None:
