@@ -163,6 +163,15 @@ def test_another_dtype_is_another_run() -> None:
         finish(base, config(), start=Start(snapshot=snapshot))
 
 
+def test_a_snapshot_of_another_format_is_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base()
+    with monkeypatch.context() as older:
+        older.setattr("worker.training.snapshot._FORMAT", 1)
+        snapshot = interrupted(base, config(), epochs=1)
+    with pytest.raises(SnapshotMismatchError):
+        finish(base, config(), start=Start(snapshot=snapshot))
+
+
 def test_the_seed_is_the_snapshots() -> None:
     base, settings = tiny_base(), config(max_epochs=4, min_steps=0)
     whole = finish(base, settings)

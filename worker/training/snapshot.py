@@ -18,6 +18,9 @@ from worker.model import BaseModel
 from worker.training.config import TrainingConfig
 from worker.training.encode import TokenSequence
 
+# Another number for other tensors in a snapshot: one that an older release left is of another run.
+_FORMAT = 2
+
 
 class SnapshotMismatchError(Exception):
     """The snapshot is of another run."""
@@ -66,7 +69,8 @@ def identity(
     whole = hashlib.sha256()
     inputs = dataclasses.replace(config, seed=0).as_record()
     tensors = {name: tensor_sha256(tensor) for name, tensor in sorted(start.items())}
-    whole.update(json.dumps([base.fingerprint, base.location, str(base.model.dtype), inputs, tensors]).encode())
+    run = [_FORMAT, base.fingerprint, base.location, str(base.model.dtype), inputs, tensors]
+    whole.update(json.dumps(run).encode())
     for sequence in sequences:
         whole.update(json.dumps([sequence.token_ids, sequence.prompt_tokens]).encode())
     return whole.hexdigest()
