@@ -69,7 +69,10 @@ def _answers(world: World) -> None:
 
 def _engine(world: World) -> None:
     """vLLM's engine never ended by itself: a supervisor that starts another hides it, and streams have ended in it."""
-    for path in world.settings.home.glob("logs/node.log*"):
+    logs = list(world.settings.home.glob("logs/node.log*"))
+    if not logs:
+        world.notes.wrong("the node has left no log")
+    for path in logs:
         if _ENGINE_FAILED in (said := path.read_text(errors="replace")):
             world.notes.wrong(f"the engine failed:\n{said[said.index(_ENGINE_FAILED) :][:5000]}")
 

@@ -103,6 +103,18 @@ async def test_what_is_loaded_needs_no_room() -> None:
     assert versions._engine.held == [2, 1, 3]
 
 
+async def test_a_version_that_is_evicted_while_its_prefetch_waits_is_loaded_again() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    async with versions._turns.turn(1), versions._turns.turn(2), versions._turns.turn(3):
+        loading = asyncio.create_task(load(versions, 4))
+        prefetching = asyncio.create_task(versions.prefetch(2))
+        await settled()
+        assert versions._engine.held == [2, 1, 3], "the load waits for the requests of 2"
+    await asyncio.gather(loading, prefetching)
+    assert 12 in versions._engine.held
+    assert sorted(versions._engine.held) == known(versions)
+
+
 async def test_several_loads_at_once_never_have_the_engine_evict_by_itself() -> None:
     versions = residents([1, 2, 3], [1, 2, 3])
     await asyncio.gather(*(load(versions, number) for number in range(4, 9)))

@@ -92,12 +92,16 @@ class ResidentVersions:
 
         Raises DeltaError when the version is refused, LoadFailedError when the engine cannot load it.
         """
-        try:
-            request = await self._resolved(model_name(version))
-        except VersionRefusedError as refusal:
-            raise refusal.reason from refusal
-        # A version that the server knew may have left its slot; this brings it back or does nothing.
-        await self.add_lora(request)
+        while True:
+            try:
+                request = await self._resolved(model_name(version))
+            except VersionRefusedError as refusal:
+                raise refusal.reason from refusal
+            async with self._loading:
+                if self.knows(request):  # it may have been evicted meanwhile
+                    # A version that the server knew may have left its slot; this brings it back or does nothing.
+                    await self._add_lora(request)
+                    return
 
     async def checksums(self, version: int) -> dict[str, str]:
         """Return the sha256 by parameter name of a version's matrices, read back from its slot.
@@ -141,15 +145,14 @@ class ResidentVersions:
         leaving.add_done_callback(self._leaving.discard)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Stands in for the engine's `add_lora`: one at a time, and none that the engine has no room for.
+        """Stands in for the engine's `add_lora` where the server loads: one at a time, and room is made before.
 
         The engine would make room by itself, but the server would go on knowing the name, and the engine would read the
         version's local folder again, unverified, in the middle of a batch. A folder that has gone by then takes the
         engine down; a name that has gone is resolved and verified again.
         """
         async with self._loading:
-            if not self.knows(lora_request):  # what it knows is loaded
-                await self._make_room()
+            await self._make_room()
             return await self._add_lora(lora_request)
 
     async def _make_room(self) -> None:
