@@ -15,7 +15,7 @@ from service.gateway.models import Admission, Lot
 log = logging.getLogger(__name__)
 
 _TELL_EVERY_S = 1.0
-_COUNTED = {"ok": "ok", "node_error": "errors", "unavailable": "errors", "broken": "errors"}
+_COUNTED = {"ok": "ok", "unavailable": "errors", "broken": "errors"}
 
 
 class CanaryTraffic:

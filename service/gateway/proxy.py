@@ -10,7 +10,7 @@ import httpx
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.errors import BusyError, ErrataError, NodeTimeoutError, UnavailableError
+from service.errors import BusyError, NodeTimeoutError, UnavailableError
 from service.gateway.models import VERSION_HEADER
 from service.gateway.pool import NodePool, PoolNode
 from service.metrics.process import Passage
@@ -34,26 +34,24 @@ class Proxy:
         """A node's answer at a version.
 
         Until the first byte of an answer is there, a node that fails or refuses the version is passed over for the
-        next; never after it.
+        next; never after it. A version that every node refuses, damaged perhaps, is the service's trouble, not the
+        client's: the name that the client gave was good.
 
         Raises:
             BusyError: as many requests are being answered as the gateway allows.
-            UnavailableError: no node can be reached, or none came as far as the first byte.
+            UnavailableError: no node can be reached, none came as far as the first byte, or all refuse the version.
             NodeTimeoutError: a node took the request and was silent for too long.
         """
         if self._pool.busy() >= self._max_requests:
             raise BusyError(f"{self._max_requests} requests are being answered; repeat this one", retry_after_s=1)
         content = {**body, "model": version_name(version)}
-        trouble: ErrataError = UnavailableError("no node is ready", code="no_ready_node")
+        trouble = UnavailableError("no node is ready", code="no_ready_node")
         for node in self._pool.candidates(version):
             try:
                 return await self._ask(node, path, content, version, passage)
-            except (UnavailableError, _RefusedError) as error:
+            except UnavailableError as error:
                 log.warning("gateway.node_passed_over", extra={"node": node.address, "reason": error.message})
                 trouble = error
-        if isinstance(trouble, _RefusedError):
-            passage.end("node_error")
-            return trouble.response
         raise trouble
 
     async def _ask(
@@ -74,14 +72,6 @@ class Proxy:
                 raise NodeTimeoutError("the node was silent for longer than ERRATA_NODE_TIMEOUT_S") from error
             except httpx.HTTPError as error:
                 raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
-
-
-class _RefusedError(ErrataError):
-    """A node cannot serve the version that it was asked for; another may."""
-
-    def __init__(self, message: str, response: Response) -> None:
-        super().__init__(message)
-        self.response = response
 
 
 async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, passage: Passage) -> Response:
@@ -106,16 +96,13 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
         passage.end("ok")
         return Response(content, headers=headers, media_type=kind)
     error = _error(upstream)
-    if upstream.status_code == 404 and error["param"] is None:
-        # The route is there. The node had forgotten the version by the time it came to the request.
-        raise UnavailableError(f"the node lost version {version} meanwhile: {error['message']}", code="node_error")
-    if upstream.is_server_error:
-        raise UnavailableError(f"the node failed: {error['message']}", code=error["code"])
-    response = JSONResponse({"error": error}, status_code=upstream.status_code, headers=headers)
-    if error["param"] == "model":
-        raise _RefusedError(str(error["message"]), response)
+    # The route is there: what a node does not find is the version.
+    if upstream.is_server_error or upstream.status_code == 404:
+        # vLLM's own code is the status once more.
+        code = "node_error" if error["code"] == str(upstream.status_code) else error["code"]
+        raise UnavailableError(f"the node failed: {error['message']}", code=code)
     passage.end("client_error")
-    return response
+    return JSONResponse({"error": error}, status_code=upstream.status_code, headers=headers)
 
 
 class _Stream(StreamingResponse):

@@ -167,7 +167,7 @@ HTTP_IN_FLIGHT = Metric("gauge", "errata_http_requests_in_flight", "Requests und
 GATEWAY_REQUESTS = Metric(
     "counter",
     "errata_gateway_requests_total",
-    "Requests for a version that ended, by outcome: ok, client_error, node_error, unavailable, broken, aborted",
+    "Requests for a version that ended, by outcome: ok, client_error, unavailable, broken, aborted",
     ["version", "outcome"],
 )
 GATEWAY_OVERHEAD = Metric(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from worker.delta import (
     Base,
@@ -190,3 +191,8 @@ async def test_a_refusal_carries_its_reason(store: VersionStore, adapters: Adapt
     with pytest.raises(VersionRefusedError, match=r"version 5 is for the base model b{64}") as refusal:
         await VersionResolver(adapters).resolve_lora("base", "errata@5")
     assert isinstance(refusal.value.reason, WrongBaseError)
+
+
+def test_within_a_stream_a_refusal_is_the_servers_error() -> None:
+    """What vLLM makes of it where no route of ours can: the gateway then asks another node."""
+    assert create_error_response(VersionRefusedError(WrongBaseError("why"))).error.code == 500

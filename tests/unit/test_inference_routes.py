@@ -123,9 +123,9 @@ async def test_what_is_not_resident_is_404(client: httpx.AsyncClient, method: st
     ("failure", "status", "status_of_a_request", "code"),
     [
         (UnknownVersionError("why"), 404, 404, "unknown_version"),
-        (DamagedDeltaError("why"), 409, 400, "damaged_version"),
-        (WrongBaseError("why"), 409, 400, "wrong_base"),
-        (WrongShapeError("why"), 409, 400, "wrong_shape"),
+        (DamagedDeltaError("why"), 409, 503, "damaged_version"),
+        (WrongBaseError("why"), 409, 503, "wrong_base"),
+        (WrongShapeError("why"), 409, 503, "wrong_shape"),
         (StoreUnavailableError("why"), 503, 503, "store_unavailable"),
     ],
 )

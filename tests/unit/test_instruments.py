@@ -83,7 +83,7 @@ def test_only_versions_that_were_asked_for_lately_are_shown() -> None:
     metrics = ServiceMetrics()
     for version in range(40):
         metrics.passed(0, "ok")
-        metrics.passed(version, "node_error")
+        metrics.passed(version, "unavailable")
     versions = {int(version) for _, version in outcomes(metrics)}
     assert versions == {0, *range(40 - MOST_VERSIONS + 1, 40)}
     assert len(versions) == MOST_VERSIONS

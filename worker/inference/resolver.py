@@ -5,7 +5,7 @@ import logging
 import re
 
 from typing_extensions import override
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMServerError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
@@ -21,8 +21,8 @@ RESOLVER = "errata"
 _NAME = re.compile(r"errata@(0|[1-9][0-9]{0,15})")
 
 
-class VersionRefusedError(VLLMClientError):
-    """A request asked for a version that this node cannot serve; `reason` says why."""
+class VersionRefusedError(VLLMServerError):
+    """The version of a request, which is right, cannot be served by this node; `reason` says why."""
 
     def __init__(self, reason: DeltaError) -> None:
         super().__init__(str(reason))

@@ -123,10 +123,10 @@ async def _on_route_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_refused_request(_request: Request, error: Exception) -> JSONResponse:
-    """Answer an inference request whose `model` is a version that cannot be served: a bad request, not a conflict."""
+    """Answer an inference request whose version this node cannot serve: the request is right, the version is not."""
     assert isinstance(error, VersionRefusedError)  # noqa: S101  narrows FastAPI's handler type
     status, code = _ANSWERS[type(error.reason)]
-    return _answer(str(error), 400 if status == 409 else status, code, param="model")
+    return _answer(str(error), 503 if status == 409 else status, code, param="model")
 
 
 class VersionRoutes:
