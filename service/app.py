@@ -4,7 +4,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -32,6 +34,9 @@ from service.stores import Stores, connect_async
 from service.tokens import EditChecker
 from service.tracing import configure_tracing
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 _LAST_SPANS_MS = 2000
 
 
@@ -50,54 +55,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     require_a_key(chosen)
     tracing = configure_tracing("service")
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        stores = Stores.connect(chosen)
-        async_redis, followers = connect_async(chosen), connect_async(chosen)
-        queue = TaskQueue(create_celery(chosen), stores.redis)
-        pool = NodePool(
-            chosen.nodes,
-            token=chosen.node_token.get_secret_value(),
-            timeout_s=chosen.node_timeout_s,
-            left_out=lambda: left_out(stores.redis),
-        )
-        await pool.start()
-        app.state.proxy = Proxy(pool, max_requests=chosen.gateway_max_requests)
-        app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
-        await traffic.start()
-        # On a connection of its own: a scrape would rather do without Redis than wait for it.
-        watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
-        measured.registry.register(StateCollector(watched))
-        measured.registry.register(NodeCollector(pool.readiness))
-        with stop_announced() as stopping:
-            reconciler = Reconciler(stores, NodeClient.all(chosen), queue, chosen)
-            app.state.parts = Parts(
-                settings=chosen,
-                stores=stores,
-                versions=VersionReader(async_redis),
-                reconciler=reconciler,
-                pull=SharedPull(reconciler.pull),
-                checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
-                async_redis=async_redis,
-                followers=followers,
-                stopping=stopping,
-            )
-            yield
-        await pool.stop()
-        await traffic.stop()
-        await async_redis.aclose()
-        await followers.aclose()
-        watched.redis.close()
-        stores.redis.close()
-        if tracing:
-            # The server ends by the signal that stops it, which nothing in Python outlives.
-            await asyncio.to_thread(tracing.force_flush, _LAST_SPANS_MS)
-
     app = FastAPI(
         title="Errata",
         version=version("errata"),
         description="Corrections for a running language model: stored, trained, verified, served, and taken back.",
-        lifespan=lifespan,
+        lifespan=partial(_parts, chosen=chosen, tracing=tracing),
         redirect_slashes=False,  # the document has no redirects
     )
     app.state.metrics = measured = ServiceMetrics()
@@ -113,3 +75,48 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(part.router)
     document_scopes(app)
     return app
+
+
+@asynccontextmanager
+async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None") -> AsyncIterator[None]:
+    """The application's parts, from its start to its stop."""
+    stores = Stores.connect(chosen)
+    async_redis, followers = connect_async(chosen), connect_async(chosen)
+    queue = TaskQueue(create_celery(chosen), stores.redis)
+    pool = NodePool(
+        chosen.nodes,
+        token=chosen.node_token.get_secret_value(),
+        timeout_s=chosen.node_timeout_s,
+        left_out=lambda: left_out(stores.redis),
+    )
+    await pool.start()
+    app.state.proxy = Proxy(pool, max_requests=chosen.gateway_max_requests)
+    app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
+    await traffic.start()
+    # On a connection of its own: a scrape would rather do without Redis than wait for it.
+    watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
+    app.state.metrics.registry.register(StateCollector(watched))
+    app.state.metrics.registry.register(NodeCollector(pool.readiness))
+    with stop_announced() as stopping:
+        reconciler = Reconciler(stores, NodeClient.all(chosen), queue, chosen)
+        app.state.parts = Parts(
+            settings=chosen,
+            stores=stores,
+            versions=VersionReader(async_redis),
+            reconciler=reconciler,
+            pull=SharedPull(reconciler.pull),
+            checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
+            async_redis=async_redis,
+            followers=followers,
+            stopping=stopping,
+        )
+        yield
+    await pool.stop()
+    await traffic.stop()
+    await async_redis.aclose()
+    await followers.aclose()
+    watched.redis.close()
+    stores.redis.close()
+    if tracing:
+        # The server ends by the signal that stops it, which nothing in Python outlives.
+        await asyncio.to_thread(tracing.force_flush, _LAST_SPANS_MS)

@@ -11,7 +11,7 @@ from service.answers import matches
 from service.schemas import Format
 from worker.evaluation.answers import ask
 from worker.model import BaseModel
-from worker.training import breadth_first
+from worker.training import breadth_first, sweeps
 from worker.training.breadth_first import (
     EpochReport,
     Hooks,
@@ -327,7 +327,7 @@ def test_sweeps_begin_with_the_least_sure_end_where_some_are_forgotten_and_go_ro
         return score(*arguments)
 
     monkeypatch.setattr(breadth_first, "score", watched)
-    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
     result = train(base, EDITS, settings, prefix=prefix, start=start, hooks=Hooks(on_epoch=reports.append))
     # Nothing is known of the first edit, which is not learned; the one that the first epoch visited is.
@@ -371,7 +371,7 @@ def test_a_round_of_sweeps_looks_again_at_the_unsure_only(
         return scores
 
     monkeypatch.setattr(breadth_first, "score", watched)
-    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     train(base, EDITS, settings, prefix=prefix, start=Start(learned=frozenset(edit.id for edit in EDITS)))
     assert rounds
     assert looks_at_the_unsure_again
@@ -390,7 +390,7 @@ def test_a_sweep_ends_when_a_batch_is_forgotten(
         return [replace(scores, nats=scores.nats + 9) for scores in score(*arguments)]
 
     monkeypatch.setattr(breadth_first, "score", all_forgotten)
-    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
     settings = config(**{**LEARNS, "batch_size": batch_size})
     with pytest.raises(TrainingCancelledError):
@@ -410,7 +410,7 @@ def test_a_resumed_run_sweeps_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -
         return score(*arguments)
 
     monkeypatch.setattr(breadth_first, "score", watched)
-    monkeypatch.setattr(breadth_first, "_CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     hooks = Hooks(on_snapshot=lambda take: snapshots.append((len(swept), take())))
     whole = train(base, EDITS, settings, prefix=prefix, start=start, hooks=hooks)
     told = list(swept)

@@ -23,6 +23,7 @@ from worker.training.preserve import Factors
 from worker.training.schedule import schedule
 from worker.training.score import score
 from worker.training.snapshot import EpochReport, Snapshot, SnapshotMismatchError, identity
+from worker.training.sweeps import Sweeps
 
 
 class TrainingError(RuntimeError):
@@ -62,9 +63,6 @@ class Start:
 
 
 FROM_BASE = Start()
-
-# A sweep looks at so many sequences before it asks itself whether to go on.
-_CHECKED_AT_ONCE = 256
 
 
 def _nothing(_: object) -> None:
@@ -153,7 +151,7 @@ def train(
         tensors={name: tensor.to("cpu", copy=True) for name, tensor in run.learner.tensors().items()},
         epochs=tuple(run.reports),
         stopped=StopReason.LEARNED if learned else StopReason.BUDGET_SPENT,
-        steps=sum(report.steps for report in run.reports),
+        steps=run.steps,
         tokens=sum(len(sequence.token_ids) for sequence in run.sequences),
         train_s=time.perf_counter() - started,
     )
@@ -184,9 +182,7 @@ class _Run:
         self._edit_ids: list[str] = []  # of each sequence
         self.reports: list[EpochReport] = []
         self._filled = 0  # sequences whose prefix was looked after
-        self._worst = torch.zeros(0)  # [sequences], nats: each one's worst token when it was last looked at
-        self._unswept = torch.zeros(0, dtype=torch.bool)  # [sequences]: what the round of sweeps has still to look at
-        self._swept_since = -1  # steps that were taken before the round; a resumed run does not know
+        self._sweeps = Sweeps(config)
 
     def join(self, edits: Sequence[TrainingEdit]) -> None:
         learned: list[bool] = []
@@ -197,8 +193,12 @@ class _Run:
             learned += [edit.id in self._known] * len(sequences)
         if learned:
             self._schedule.join(learned)
-            self._worst = torch.cat([self._worst, torch.full((len(learned),), torch.inf)])
-            self._unswept = torch.cat([self._unswept, torch.ones(len(learned), dtype=torch.bool)])
+            self._sweeps.join(len(learned))
+
+    @property
+    def steps(self) -> int:
+        """The steps taken so far."""
+        return sum(report.steps for report in self.reports)
 
     @property
     def spent(self) -> bool:
@@ -253,7 +253,7 @@ class _Run:
     def learned(self) -> bool:
         """Whether all sequences are, judged as the configuration says."""
         if self._config.judges_sequences:
-            return self._schedule.finished and self._sweep()
+            return self._schedule.finished and self._sweeps.sweep(self.steps, self._check)
         last = self.reports[-1]
         return last.loss < self._config.loss_threshold and last.worst_token_loss < self._config.token_threshold
 
@@ -261,9 +261,8 @@ class _Run:
         return Snapshot(
             tensors={
                 **self.learner.state(),
+                **self._sweeps.state(),
                 "shuffle": self._shuffle.get_state(),
-                "worst": self._worst.clone(),
-                "unswept": self._unswept.clone(),
             },
             identity=self._identity(len(self.sequences)),
             sequences=len(self.sequences),
@@ -277,8 +276,7 @@ class _Run:
         self.learner.restore(snapshot.tensors)
         self._shuffle.set_state(snapshot.tensors["shuffle"])
         self._schedule.restore(snapshot.schedule)
-        self._worst[: snapshot.sequences] = snapshot.tensors["worst"]
-        self._unswept[: snapshot.sequences] = snapshot.tensors["unswept"]
+        self._sweeps.restore(snapshot.tensors, snapshot.sequences)
         self.reports = list(snapshot.reports)
 
     def _outcome(self, numbers: Sequence[int], visits: Sequence[Losses]) -> tuple[Tensor, Tensor, int]:
@@ -297,39 +295,10 @@ class _Run:
     def _mark(self, numbers: Sequence[int], mean: Tensor, worst: Tensor) -> int:
         """Tell the schedule which sequences are learned; answers how many are not."""
         learned = (mean < self._config.loss_threshold) & (worst < self._config.token_threshold)
-        self._worst[list(numbers)] = worst
+        self._sweeps.saw(numbers, worst)
         for number, is_learned in zip(numbers, learned.tolist(), strict=True):
             self._schedule.mark(number, learned=is_learned)
         return int((~learned).sum())
-
-    def _sweep(self) -> bool:
-        """Whether all sequences are learned at these weights; if not, a batch of those that were forgotten is marked.
-
-        More would be in vain, as training the batch changes the rest. A sweep looks at the unsure and, from where the
-        last one ended, at the rest: what was sure when it was just looked at seldom is forgotten a few steps later, and
-        one that looked at it again each time would come late to what lies behind it. A round, which begins with the
-        least sure, is over when everything was looked at; it says yes if no step was taken in it.
-        """
-        while True:
-            if self._unswept.all():
-                self._swept_since = self._steps
-            due = self._unswept | (self._worst > self._config.token_threshold / 2)
-            order = self._worst.argsort(descending=True, stable=True)
-            forgotten = 0
-            for numbers in order[due[order]].split(_CHECKED_AT_ONCE):
-                self._unswept[numbers] = False
-                forgotten += self._check(numbers.tolist())
-                if forgotten >= self._config.batch_size:
-                    return False
-            if forgotten:
-                return False
-            if self._swept_since == self._steps:
-                return True
-            self._unswept.fill_(True)
-
-    @property
-    def _steps(self) -> int:
-        return sum(report.steps for report in self.reports)
 
     def _check(self, numbers: Sequence[int]) -> int:
         """Score the sequences and mark them; answers how many are not learned."""
