@@ -1,6 +1,8 @@
 """The OpenAI-compatible routes: an allow-list, and nothing else reaches a node."""
 
+import asyncio
 import json
+from collections.abc import Coroutine
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,6 +16,9 @@ from service.gateway.canary import CanaryTraffic
 from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
 from service.gateway.proxy import Proxy
 from service.metrics.process import Passage
+
+# For the metrics; nginx tells it so. Nobody reads the answer.
+_CLIENT_LEFT = 499
 
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
@@ -85,11 +90,29 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
         request.app.state.metrics, version, began=request.state.read_at, told=partial(traffic.ended, admission)
     )
     try:
-        return await proxy.forward(path, body, version, passage)
+        return await _while_asked(request, proxy.forward(path, body, version, passage))
     except ErrataError as error:
         passage.end("unavailable", of_node=not isinstance(error, BusyError))
         error.headers[VERSION_HEADER] = str(version)
         raise
+
+
+async def _while_asked(request: Request, forwarded: Coroutine[Any, Any, Response]) -> Response:
+    """The answer, unless the client leaves before it begins: then nobody is answered, and the node may stop."""
+    answer = asyncio.create_task(forwarded)
+    left = asyncio.create_task(_client_left(request))
+    try:
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=_CLIENT_LEFT)
+    finally:
+        answer.cancel()
+        left.cancel()
+        await asyncio.wait((answer, left))
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _object(content: bytes) -> dict[str, Any]:

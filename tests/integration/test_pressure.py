@@ -92,7 +92,9 @@ class EndlessNode:
     def __init__(self) -> None:
         self.piece = b"data: piece\n\n"
         self.every_s = 0.05
+        self.kind = "text/event-stream"
         self.end = threading.Event()
+        self.reached = threading.Event()
         self.broken_off = threading.Event()
         node = self
 
@@ -106,8 +108,9 @@ class EndlessNode:
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["content-length"]))
+                node.reached.set()
                 self.send_response(200)
-                self.send_header("content-type", "text/event-stream")
+                self.send_header("content-type", node.kind)
                 self.send_header("transfer-encoding", "chunked")
                 self.end_headers()
                 try:
@@ -179,6 +182,19 @@ def test_a_client_that_does_not_take_its_answer_gives_its_place_back(pressed: Se
             assert endless.broken_off.wait(20), "the node is relieved of a stream that nobody takes"
         endless.end.set()
         assert httpx.post(f"{url}/v1/completions", json=ASK).status_code == 200
+
+
+def test_a_client_that_leaves_before_its_answer_relieves_the_node(pressed: Settings, endless: EndlessNode) -> None:
+    endless.kind = "application/json"
+    with serving(pressed) as url, httpx.Client(base_url=url, timeout=10) as other:
+        with connection(url) as client:
+            client.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a"}'))
+            assert endless.reached.wait(20)
+        assert endless.broken_off.wait(20)
+        endless.end.set()
+        assert other.post("/v1/completions", json=ASK).status_code == 200, "the place is free again"
+        measured = other.get("/metrics").text
+    assert 'errata_gateway_requests_total{outcome="aborted",version="0"} 1.0' in measured
 
 
 def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
