@@ -58,6 +58,8 @@ class Node:
             **os.environ,
             "ERRATA_NODE_TOKEN": TOKEN,
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
+            # As in the stack: a thread that spins while it waits takes the core from another node.
+            "OMP_WAIT_POLICY": "passive",
         }
         with (self.folder / "node.log").open("ab") as log:
             self.process = subprocess.Popen(
