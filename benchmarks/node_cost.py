@@ -15,9 +15,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 from benchmarks.load import Load, ask, free_port, say
@@ -34,6 +36,19 @@ _START_S = 300
 _PROMPT = " ".join(["The history of the city begins with a market at the ford of a river."] * 4)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server: its address and its first process."""
+
+    url: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """CPU time that its processes have spent so far."""
+        processes = [self.process, *self.process.children(recursive=True)]
+        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
 def main() -> None:
     """Start both servers, ask them in turn, write the table."""
     options = _parser().parse_args()
@@ -41,34 +56,41 @@ def main() -> None:
         options.out,
         "What resident versions cost a node",
         f"`benchmarks/node_cost.py`: {told(options)}. Tokens answered per second, and the ratio to the plain server's "
-        f"of the same repetition: medians of {options.repeats}, with least and most in brackets. Both servers run "
-        "eagerly, as the CPU profile does; the clients share the cores with them.",
+        f"of the same repetition: medians of {options.repeats}, with least and most in brackets. The CPU time is that "
+        "of all the server's processes. Both servers run eagerly, as the CPU profile does; the clients share the cores "
+        "with them.",
     )
-    results.table(["server", "versions asked", "tokens/s", "of the plain server's"])
+    results.table(["at a time", "server", "versions asked", "tokens/s", "of the plain server's", "CPU ms a token"])
     with tempfile.TemporaryDirectory(prefix="errata-node-cost-") as scratch:
         folder = Path(scratch)
         _write_versions(options.model, folder / "store", options.versions)
         with _plain(options.model, folder) as plain, _node(options.model, folder) as node:
-            for row in _rows(options, plain, node):
-                results.add(row)
+            for concurrency in options.concurrency:
+                for row in _rows(options, concurrency, plain, node):
+                    results.add([concurrency, *row])
 
 
-def _rows(options: argparse.Namespace, plain: str, node: str) -> Iterator[list[object]]:
+def _rows(options: argparse.Namespace, concurrency: int, plain: Server, node: Server) -> Iterator[list[object]]:
     names = [version_name(number) for number in range(options.versions)]
     cases = {("plain vLLM", 0): (plain, [BASE_MODEL_NAME])}
     cases |= {("Errata's node", count): (node, names[:count]) for count in sorted({1, options.versions})}
-    load = Load(options.requests, options.concurrency, options.tokens)
+    load = Load(options.rounds * concurrency, concurrency, options.tokens)
     rates: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    cpu_ms: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for repeat in range(options.repeats + 1):
         for case in list(cases) if repeat % 2 else list(cases)[::-1]:
-            url, models = cases[case]
-            rate = options.tokens * ask(url, authorization(TOKEN), models, load, prompt=_PROMPT).rate
-            say(f"{repeat} of {options.repeats}, {case}: {rate:.0f} tokens/s")
+            server, models = cases[case]
+            began_s = server.cpu_s()
+            rate = options.tokens * ask(server.url, authorization(TOKEN), models, load, prompt=_PROMPT).rate
+            spent_s = server.cpu_s() - began_s
+            say(f"{repeat} of {options.repeats}, {concurrency} at a time, {case}: {rate:.0f} tokens/s")
             if repeat:  # the first one warms up
                 rates[case].append(rate)
+                cpu_ms[case].append(1000 * spent_s / (load.requests * options.tokens))
     base = rates["plain vLLM", 0]
-    for (server, versions), found in rates.items():
-        yield [server, versions or None, spread(found), spread([a / b for a, b in zip(found, base, strict=True)])]
+    for case, found in rates.items():
+        ratios = [a / b for a, b in zip(found, base, strict=True)]
+        yield [case[0], case[1] or None, spread(found), spread(ratios), spread(cpu_ms[case])]
 
 
 def _write_versions(model: Path, folder: Path, count: int) -> None:
@@ -83,25 +105,25 @@ def _write_versions(model: Path, folder: Path, count: int) -> None:
 
 
 @contextmanager
-def _plain(model: Path, folder: Path) -> Iterator[str]:
+def _plain(model: Path, folder: Path) -> Iterator[Server]:
     arguments = ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model), "--enforce-eager"]
     arguments += ["--served-model-name", BASE_MODEL_NAME, "--host", "127.0.0.1", "--disable-uvicorn-access-log"]
     # As the node's launcher sets them, but for the plugin.
     environ = {"VLLM_PLUGINS": "", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with _server(arguments, environ, folder / "plain.log") as url:
-        yield url
+    with _server(arguments, environ, folder / "plain.log") as server:
+        yield server
 
 
 @contextmanager
-def _node(model: Path, folder: Path) -> Iterator[str]:
+def _node(model: Path, folder: Path) -> Iterator[Server]:
     arguments = ["-m", "worker.inference.launcher", "--model", str(model), "--store", str(folder / "store")]
     arguments += ["--cache", str(folder / "cache")]
-    with _server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as url:
-        yield url
+    with _server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as server:
+        yield server
 
 
 @contextmanager
-def _server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[str]:
+def _server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[Server]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as written:
@@ -117,7 +139,7 @@ def _server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> 
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"a server did not start:\n{log.read_text()[-3000:]}")
             time.sleep(1)
-        yield url
+        yield Server(url, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(60)
@@ -134,8 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m benchmarks.node_cost")
     options.add_argument("--model", required=True, type=Path, help="folder of the base model")
     options.add_argument("--versions", type=int, default=3, help="versions that are asked at once in the last row")
-    options.add_argument("--requests", type=int, default=64, help="requests of a repetition")
-    options.add_argument("--concurrency", type=int, default=16, help="requests at a time")
+    options.add_argument("--rounds", type=int, default=4, help="requests of each client in a repetition")
+    options.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 16], help="clients, a request at a time each"
+    )
     options.add_argument("--tokens", type=int, default=64, help="tokens of every answer")
     options.add_argument("--repeats", type=int, default=5, help="repetitions, behind one that warms up")
     options.add_argument("--out", type=Path, default=RESULTS / "node_cost.md", help="where the results go")

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import zmq
 from safetensors.torch import save_file
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.lora import utils
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -18,6 +21,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
     RoutingMethodType,
 )
+from vllm.utils.network_utils import get_open_zmq_ipc_path
 
 from worker.checkpoint import UnknownLocationError
 from worker.inference import interfaces, plugin
@@ -41,6 +45,7 @@ def untouched_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "_all_lora_classes", utils._all_lora_classes)
     monkeypatch.setattr(FusedMoEConfig, "is_lora_enabled", FusedMoEConfig.is_lora_enabled)
     monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)
 
 
 def become(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +155,22 @@ def test_routed_experts_run_as_without_adapters(environment: dict[str, str], mon
         is_lora_enabled=True,
     )
     assert not config.is_lora_enabled
+
+
+def test_processes_of_a_node_do_not_spin_while_they_wait(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become(environment, monkeypatch)
+    plugin.register()
+    address = get_open_zmq_ipc_path()
+    with zmq.Context() as context:
+        reader = shm_broadcast.SpinCondition(is_reader=True, context=context, notify_address=address)
+        began, computed = time.monotonic(), time.thread_time()
+        while time.monotonic() < began + 0.3:
+            reader.record_read()
+            reader.wait()
+        assert time.thread_time() - computed < 0.1
+        context.destroy(linger=0)
 
 
 def test_a_node_does_not_start_on_a_vllm_that_moved(

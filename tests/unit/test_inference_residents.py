@@ -23,6 +23,7 @@ class Engine:
     parameters: list[list[str]] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)
     ranks: int = 1
+    asked_for: list[int] = field(default_factory=list)
 
     async def collective_rpc(self, method: str, args: tuple[list[int]] = ([],)) -> list[object]:
         if method == "errata_pin":
@@ -35,6 +36,7 @@ class Engine:
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         await asyncio.sleep(0)
+        self.asked_for.append(lora_request.lora_int_id)
         if lora_request.lora_int_id not in self.held:
             self.held.append(lora_request.lora_int_id)
         assert len(self.held) <= HOST_SLOTS, "the engine must evict by itself"
@@ -150,6 +152,18 @@ async def test_what_is_not_loaded_cannot_be_pinned_and_changes_nothing() -> None
         [1],
         [True, False],
     )
+
+
+async def test_what_is_pinned_is_prefetched_without_the_engine_and_what_was_is_loaded() -> None:
+    versions = residents([1, 2], [1, 2])
+    await versions.pin({1})
+    await versions.prefetch(1)
+    assert versions._engine.asked_for == []
+    await versions.prefetch(2)
+    await versions.evict(1)
+    await versions.prefetch(1)
+    assert versions._engine.asked_for[0] == 2
+    assert set(versions._engine.asked_for[1:]) == {11}
 
 
 async def test_an_evicted_version_is_pinned_no_more() -> None:

@@ -30,6 +30,7 @@ _LAYERS = "vllm.lora.layers"
 _BASE = f"{_LAYERS}.base_linear.BaseLinearLayerWithLoRA"
 _LINEAR = "vllm.model_executor.layers.linear"
 _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
+_QUEUE = "vllm.distributed.device_communicators.shm_broadcast"
 _MODELS = "vllm.entrypoints.openai.models.serving.OpenAIServingModels"
 
 FUNCTIONS = (
@@ -74,6 +75,7 @@ FUNCTIONS = (
     Function("vllm.lora.lora_model.LoRAModel.__init__", ("loras",), ("loras",)),
     Function("vllm.lora.lora_weights.LoRALayerWeights.__init__", ("lora_a", "lora_b"), ("lora_a", "lora_b")),
     Function("vllm.v1.worker.worker_base.WorkerBase.get_model"),
+    Function(f"{_QUEUE}.SpinCondition.wait", (), ("sched_yield",)),
     Function("vllm.lora.resolver.LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
     Function(f"{_MODELS}.__init__", (), ("lora_requests",)),
     Function(f"{_MODELS}.resolve_lora", ("lora_name",), ("add_lora", "lora_requests")),

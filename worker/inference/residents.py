@@ -97,6 +97,9 @@ class ResidentVersions:
                 request = await self._resolved(model_name(version))
             except VersionRefusedError as refusal:
                 raise refusal.reason from refusal
+            if request.lora_int_id in self._turns.pinned:
+                # It keeps its slot. The engine, which answers behind its step only, need not be asked.
+                return
             async with self._loading:
                 if self.knows(request):  # it may have been evicted meanwhile
                     # A version that the server knew may have left its slot; this brings it back or does nothing.
