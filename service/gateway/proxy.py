@@ -96,8 +96,8 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
         passage.end("ok")
         return Response(content, headers=headers, media_type=kind)
     error = _error(upstream)
-    # The route is there: what a node does not find is the version.
-    if upstream.is_server_error or upstream.status_code == 404:
+    # The route is there and changes nothing: what a node does not find or refuses is the version.
+    if upstream.is_server_error or upstream.status_code in {404, 409}:
         # vLLM's own code is the status once more.
         code = "node_error" if error["code"] == str(upstream.status_code) else error["code"]
         raise UnavailableError(f"the node failed: {error['message']}", code=code)

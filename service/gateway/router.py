@@ -107,7 +107,7 @@ async def _while_asked(request: Request, forwarded: Coroutine[Any, Any, Response
     finally:
         answer.cancel()
         left.cancel()
-        await asyncio.wait((answer, left))
+        await asyncio.gather(answer, left, return_exceptions=True)
 
 
 async def _client_left(request: Request) -> None:

@@ -108,7 +108,7 @@ def test_a_version_that_cannot_be_served_is_refused_and_the_rest_are_served(
     before = node.score("errata@1")
     asked = node.ask(f"errata@{version}")
     prefetched = node.client.post(f"/errata/versions/{version}/prefetch")
-    assert (asked.status_code, prefetched.status_code) == ((404, 404) if version == UNKNOWN else (503, 409))
+    assert (asked.status_code, prefetched.status_code) == ((404, 404) if version == UNKNOWN else (409, 409))
     for response in (asked, prefetched):
         assert response.json()["error"]["code"] == code
         assert reason in response.json()["error"]["message"]

@@ -185,5 +185,5 @@ def test_a_version_of_other_matrices_is_refused(served: Served, version: int) ->
     node = served.node
     before = node.score("errata@1")
     asked = node.ask(f"errata@{version}")
-    assert (asked.status_code, asked.json()["error"]["code"]) == (503, "wrong_shape")
+    assert (asked.status_code, asked.json()["error"]["code"]) == (409, "wrong_shape")
     assert node.score("errata@1") == before

@@ -70,8 +70,9 @@ class ScriptedNode:
         if isinstance(prompt, str) and prompt in self.chokes_on:
             error = {"message": "cannot answer this", "type": "t", "param": "prompt", "code": "bad_prompt"}
             return self.chokes_on[prompt], {"error": error}
-        if version in self.fails:
-            return 500, {"error": {"message": "the engine failed", "type": "t", "param": None, "code": "engine"}}
+        if (status_and_code := self._trouble(version)) is not None:
+            status, code = status_and_code
+            return status, {"error": {"message": "it cannot be", "type": "t", "param": "model", "code": code}}
         text = self.taught.get(version, {}).get(str(prompt), IGNORANCE)
         if version in self.garbled:
             text = IGNORANCE
@@ -85,6 +86,11 @@ class ScriptedNode:
             said = {"message": {"role": "assistant", "content": text}}
             said["logprobs"] = {"content": content} if body.get("logprobs") else None
         return 200, {"choices": [{**said, "finish_reason": self.finish_reason}]}
+
+    def _trouble(self, version: int) -> tuple[int, str] | None:
+        if version in self.fails:
+            return 500, "engine"
+        return None if version in self.resident else self.refuses.get(version)
 
     def _about_versions(self, method: str, path: str) -> tuple[int, object]:
         if "/pins" in path:

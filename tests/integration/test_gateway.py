@@ -211,6 +211,17 @@ def test_errors_carry_the_version(
     assert response.headers["x-errata-version"] == "0"
 
 
+def test_a_version_that_the_nodes_refuse_is_not_the_clients_fault(
+    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
+) -> None:
+    node.resident, node.refuses = set(), {0: (409, "damaged_version")}
+    response = service.post("/v1/completions", json=ASK)
+    assert_error(response, 503, code="damaged_version")
+    assert response.headers["x-errata-version"] == "0"
+    counted = 'errata_gateway_requests_total{outcome="unavailable",version="0"} 1.0'
+    assert counted in service.get("/metrics").text
+
+
 def test_a_running_stream_keeps_its_version(
     redis_server: RedisServer,
     tokenizer_folder: Path,

@@ -145,7 +145,7 @@ def errs(code: int) -> Handler:
 
 def refuses_the_version(_: httpx.Request) -> httpx.Response:
     error = {"message": "version 7 is damaged", "type": "t", "param": "model", "code": "damaged_version"}
-    return httpx.Response(503, json={"error": error})
+    return httpx.Response(409, json={"error": error})
 
 
 BROKEN = [

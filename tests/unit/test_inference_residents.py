@@ -4,11 +4,15 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 import pytest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.lora.request import LoRARequest
 
-from worker.inference.residents import NotResidentError, ResidentVersions
+from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
+from worker.inference.resolver import version_of
 from worker.inference.turns import Turns
 
 Q, K = "model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight"
@@ -24,6 +28,7 @@ class Engine:
     pinned: list[int] = field(default_factory=list)
     ranks: int = 1
     asked_for: list[int] = field(default_factory=list)
+    full: bool = False
 
     async def collective_rpc(self, method: str, args: tuple[list[int]] = ([],)) -> list[object]:
         if method == "errata_pin":
@@ -37,6 +42,8 @@ class Engine:
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         await asyncio.sleep(0)
         self.asked_for.append(lora_request.lora_int_id)
+        if self.full:
+            raise MemoryError
         if lora_request.lora_int_id not in self.held:
             self.held.append(lora_request.lora_int_id)
         assert len(self.held) <= HOST_SLOTS, "the engine must evict by itself"
@@ -53,10 +60,15 @@ class Models:
     lora_requests: dict[str, LoRARequest]
     add_lora: Callable[[LoRARequest], Awaitable[bool]] | None = None
 
-    async def resolve_lora(self, name: str) -> LoRARequest:
+    async def resolve_lora(self, name: str) -> LoRARequest | ErrorResponse:
         if name not in self.lora_requests:
+            if version_of(name) is None:
+                return create_error_response("it does not exist", status_code=HTTPStatus.NOT_FOUND)
             request = LoRARequest(name, int(name.removeprefix("errata@")) + 10, "/again")
-            await self.add_lora(request)
+            try:
+                await self.add_lora(request)
+            except BaseException:  # noqa: BLE001 - as vLLM does, even of a cancellation
+                return create_error_response("it could not be loaded")
             self.lora_requests[name] = request
         return self.lora_requests[name]
 
@@ -115,6 +127,31 @@ async def test_a_version_that_is_evicted_while_its_prefetch_waits_is_loaded_agai
         await versions.evict(1)
     await asyncio.gather(loading, prefetching)
     assert sorted(versions._engine.held) == known(versions) == [3, 4, 11]
+
+
+async def test_a_load_goes_on_when_the_request_for_it_is_given_up() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    asking = asyncio.create_task(versions.resolve_lora("errata@4"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await settled()
+    assert sorted(versions._engine.held) == known(versions) == [1, 3, 14]
+
+
+async def test_a_name_that_is_no_versions_is_the_servers_to_answer() -> None:
+    answer = await residents([], []).resolve_lora("gpt")
+    assert isinstance(answer, ErrorResponse)
+    assert answer.error.code == HTTPStatus.NOT_FOUND
+
+
+async def test_what_the_engine_cannot_load_is_not_the_requests_fault() -> None:
+    versions = residents([], [])
+    versions._engine.full = True
+    with pytest.raises(LoadFailedError, match="could not be loaded"):
+        await versions.resolve_lora("errata@4")
 
 
 async def test_several_loads_at_once_never_have_the_engine_evict_by_itself() -> None:

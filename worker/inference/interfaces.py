@@ -76,6 +76,7 @@ FUNCTIONS = (
     Function("vllm.lora.lora_weights.LoRALayerWeights.__init__", ("lora_a", "lora_b"), ("lora_a", "lora_b")),
     Function("vllm.v1.worker.worker_base.WorkerBase.get_model"),
     Function(f"{_QUEUE}.SpinCondition.wait", (), ("sched_yield",)),
+    Function(f"{_QUEUE}.MessageQueue.acquire_write", (), ("sched_yield",)),
     Function("vllm.lora.resolver.LoRAResolver.resolve_lora", ("base_model_name", "lora_name")),
     Function(f"{_MODELS}.__init__", (), ("lora_requests",)),
     Function(f"{_MODELS}.resolve_lora", ("lora_name",), ("add_lora", "lora_requests")),

@@ -1,16 +1,20 @@
 """The versions that a node holds: load one, read one back, evict one."""
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.inference.readback import SlotUse
 from worker.inference.resolver import VersionRefusedError, model_name, version_of
 from worker.inference.turns import Turns
+
+T = TypeVar("T")
 
 
 class NotResidentError(Exception):
@@ -49,8 +53,9 @@ class ResidentVersions:
         self._turns = turns
         self._host_slots = host_slots
         self._add_lora = engine.add_lora
+        self._resolve_lora = models.resolve_lora
         self._loading = asyncio.Lock()
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def check_parameters(self, parameters: Collection[str]) -> None:
         """Raise LookupError unless `parameters` are exactly those that versions replace in this engine.
@@ -143,9 +148,19 @@ class ResidentVersions:
         if request is None:
             raise NotResidentError(version)
         self._forget(request)
-        leaving = asyncio.create_task(self._remove(request.lora_int_id))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
+        self._in_background(self._remove(request.lora_int_id))
+
+    async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
+        """Stands in for the server's, where a request names what the server does not know.
+
+        The server would end a load with the request that asked for it, and the engine go on to hold an adapter that has
+        no name. Of one that the engine cannot load it would say that the request is wrong.
+
+        Raises VersionRefusedError, LoadFailedError.
+        """
+        if version_of(lora_name) is None:
+            return await self._resolve_lora(lora_name)
+        return await self._resolved(lora_name)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Stands in for the engine's `add_lora` where the server loads: one at a time, and room is made before.
@@ -182,10 +197,18 @@ class ResidentVersions:
         return await self._resolved(request.lora_name)
 
     async def _resolved(self, name: str) -> LoRARequest:
-        found = await self._models.resolve_lora(name)
+        loading = self._in_background(self._resolve_lora(name))
+        found = await asyncio.shield(loading)
         if not isinstance(found, LoRARequest):
             raise LoadFailedError(found.error.message)
         return found
+
+    def _in_background(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        # asyncio itself would let go of it.
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _forget(self, request: LoRARequest) -> None:
         # At once, unlike the server's own route, which waits for who is loading the name.

@@ -123,10 +123,10 @@ async def _on_route_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_refused_request(_request: Request, error: Exception) -> JSONResponse:
-    """Answer an inference request whose version this node cannot serve: the request is right, the version is not."""
+    """Answer an inference request whose version this node cannot serve, as the version's own routes do."""
     assert isinstance(error, VersionRefusedError)  # noqa: S101  narrows FastAPI's handler type
     status, code = _ANSWERS[type(error.reason)]
-    return _answer(str(error), 503 if status == 409 else status, code, param="model")
+    return _answer(str(error), status, code, param="model")
 
 
 class VersionRoutes:
@@ -153,6 +153,7 @@ class VersionRoutes:
         in_turn = turns.in_turn(engine_client.generate, residents)
         engine_client.generate = in_turn  # type: ignore[method-assign,assignment]
         engine_client.add_lora = residents.add_lora  # type: ignore[method-assign]
+        state.openai_serving_models.resolve_lora = residents.resolve_lora
         await residents.check_parameters(location_shapes(self._environment.model_dir, self._environment.location))
         state.errata_residents = residents
         state.errata_identity = {
