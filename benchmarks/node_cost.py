@@ -57,7 +57,7 @@ def main() -> None:
         "What resident versions cost a node",
         f"`benchmarks/node_cost.py`: {told(options)}. Tokens answered per second, and the ratio to the plain server's "
         f"of the same repetition: medians of {options.repeats}, with least and most in brackets. The CPU time is that "
-        "of all the server's processes; the plain server's spin while they wait (record 0030). Both servers run "
+        "of all the server's processes; the plain server's engine spins while it waits (record 0030). Both servers run "
         "eagerly, as the CPU profile does; the clients share the cores with them.",
     )
     results.table(["at a time", "server", "versions asked", "tokens/s", "of the plain server's", "CPU ms a token"])

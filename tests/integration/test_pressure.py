@@ -221,10 +221,13 @@ def test_a_service_that_is_told_to_stop_ends_its_streams_first(
         with client.stream("POST", "/v1/completions", json=ASK) as response:
             pieces = response.iter_raw()
             next(pieces)
+            deadline = time.monotonic() + 20
+            while "errata_http_requests_in_flight 4.0" not in httpx.get(f"{url}/metrics").text:
+                assert time.monotonic() < deadline, "the stream, the two and this one"
             process.send_signal(signal.SIGTERM)
-            time.sleep(1)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health/live")
+            with pytest.raises(httpx.TransportError):
+                while time.monotonic() < deadline:
+                    httpx.get(f"{url}/health/live")
             endless.end.set()
             assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
         # Both would have gone on for a minute at least; the events are looked up every five seconds.

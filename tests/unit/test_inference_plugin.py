@@ -1,6 +1,7 @@
 """What happens in vLLM's processes before a model is loaded: checks, registration, refusal."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -158,9 +159,10 @@ def test_routed_experts_run_as_without_adapters(environment: dict[str, str], mon
     assert not config.is_lora_enabled
 
 
-def test_processes_of_a_node_do_not_spin_while_they_wait(
+def test_the_engine_of_a_node_does_not_spin_while_it_waits(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore")
     become(environment, monkeypatch)
     plugin.register()
     address = get_open_zmq_ipc_path()
@@ -174,9 +176,13 @@ def test_processes_of_a_node_do_not_spin_while_they_wait(
         context.destroy(linger=0)
 
 
-def test_on_a_device_they_wait_as_vllm_has_them(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("process", "on_cpu"), [("EngineCore", False), ("VllmWorker-0", True), ("MainProcess", True)])
+def test_a_worker_and_an_engine_on_a_device_wait_as_vllm_has_them(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, process: str, on_cpu: bool
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "name", process)
     become(environment, monkeypatch)
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: on_cpu)
     waits = shm_broadcast.sched_yield
     plugin.register()
     assert shm_broadcast.sched_yield is waits

@@ -64,15 +64,15 @@ def _leave_experts_alone() -> None:
 
 
 def _sleep_while_waiting() -> None:
-    """Have the processes of a node on a CPU sleep while they wait for one another's messages (record 0030).
+    """Have the engine of a node on a CPU sleep while its workers compute (record 0030).
 
-    vLLM's spin for a second after each message, so under load the engine takes most of a core while its worker
-    computes. The cores of a CPU are what computes.
+    vLLM's processes spin for a second after each message, so under load the engine takes most of a core, and the cores
+    of a CPU are what computes. A worker waits for moments only, and on a core that is its own.
     """
     from vllm.distributed.device_communicators import shm_broadcast  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and multiprocessing.current_process().name.startswith("EngineCore"):
         shm_broadcast.sched_yield = _sleep  # type: ignore[attr-defined]
 
 
