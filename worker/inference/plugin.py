@@ -14,7 +14,7 @@ from typing import Any
 
 from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
 
-# Of a step, which takes some 10 ms at least, a hundredth; each look takes some 10 us.
+# Short against a step of the model, long against a look.
 _BETWEEN_LOOKS_S = 0.0002
 
 
