@@ -13,8 +13,11 @@ from typing import Any
 
 import matplotlib.figure
 import psutil
+import torch
 from rich.console import Console
 from rich.progress import Progress
+
+from worker.precision import compute_dtype
 
 RESULTS = Path(__file__).parent / "results"
 _LIBRARIES = ("torch", "transformers")
@@ -27,13 +30,14 @@ class Machine:
         self._load_before = os.getloadavg()[0]
 
     def line(self) -> str:
-        """One paragraph: processor, cores, memory, libraries, commit, load averages over a minute."""
+        """One paragraph: processor, cores, memory, the CPU's dtype, libraries, commit, load averages over a minute."""
         memory = psutil.virtual_memory().total / 2**30
         libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
+        computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
         return (
-            f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB; Python {platform.python_version()}, "
-            f"{', '.join(libraries)}; commit {_commit()}; load average {self._load_before:.1f} before and "
-            f"{os.getloadavg()[0]:.1f} after."
+            f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, computes in {computed_in}; "
+            f"Python {platform.python_version()}, {', '.join(libraries)}; commit {_commit()}; "
+            f"load average {self._load_before:.1f} before and {os.getloadavg()[0]:.1f} after."
         )
 
 

@@ -90,7 +90,7 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
         left_out=lambda: left_out(stores.redis),
     )
     await pool.start()
-    app.state.proxy = Proxy(pool, max_requests=chosen.gateway_max_requests)
+    app.state.proxy = Proxy(pool, max_answers=chosen.gateway_max_answers)
     app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
     await traffic.start()
     # On a connection of its own: a scrape would rather do without Redis than wait for it.

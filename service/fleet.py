@@ -1,8 +1,8 @@
 """Fleet: the nodes together. A version may become active once enough of them hold it.
 
-A node that refuses what others hold, or holds other bits, is left out: nobody waits for it, the gateway sends it
-nothing, and it is tried again, less and less often, until it holds the active version. Who is left out is kept in
-Redis, because the API, the control worker and the gateway must agree on it.
+A node that refuses what others hold, fails to load it for long, or holds other bits, is left out: nobody waits for it,
+the gateway sends it nothing, and it is tried again, less and less often, until it holds the active version. Who is left
+out is kept in Redis, because the API, the control worker and the gateway must agree on it.
 """
 
 import json
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 # Of a single node nobody takes the place.
 _LONGEST_WAIT_S = 30.0
+
+# A node that does not do what it is asked to may be busy, or the version store away for a moment.
+_PATIENCE_S = 60.0
 
 Trouble = NodeRefusedError | UnavailableError
 
@@ -71,6 +74,8 @@ class Fleet:
         self._quorum = quorum
         self._clock = clock
         self._seen_ready: set[str] = set()
+        # Since when a node has failed to load a version, or to say what it holds (None).
+        self._failing: dict[tuple[str, int | None], float] = {}
 
     def serving(self) -> list[NodeClient]:
         """The nodes that answer and are not left out."""
@@ -102,6 +107,9 @@ class Fleet:
         with ThreadPoolExecutor(len(nodes)) as pool:
             troubles = list(pool.map(lambda node: self.load_on(node, version, trained), nodes))
         holding = [node for node, trouble in zip(nodes, troubles, strict=True) if trouble is None]
+        if holding:
+            pairs = zip(nodes, troubles, strict=True)
+            troubles = [self._judged(node, version, trouble) for node, trouble in pairs]
         refusals = [trouble for trouble in troubles if isinstance(trouble, NodeRefusedError)]
         if len(refusals) == len(nodes):
             raise refusals[0]
@@ -137,6 +145,7 @@ class Fleet:
         answering = self._answering()
         self._tell({node.address for node in answering})
         held: dict[str, list[Held]] = {}
+        silent: list[tuple[NodeClient, Trouble]] = []
         left = left_out(self._redis)
         for node in self._due(answering):
             trouble: Trouble | None = None
@@ -150,13 +159,20 @@ class Fleet:
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
             if trouble is None:
+                self._judged(node, None, None)
                 self._take_back(node)
                 self._hold(node, canary, holds)
-            elif isinstance(trouble, NodeRefusedError):
+            elif isinstance(trouble, NodeRefusedError) or node.address in left:
                 self.leave_out(node, trouble)
             else:
-                # It may be busy, or the version store away for a moment: it goes on serving what it holds.
-                log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
+                silent.append((node, trouble))
+        others_serve = len(silent) < len([node for node in answering if node.address not in left_out(self._redis)])
+        for node, trouble in silent:
+            # It goes on serving what it holds, for a while, or as long as nobody else does.
+            log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
+            judged = self._judged(node, None, trouble)
+            if others_serve and isinstance(judged, NodeRefusedError):
+                self.leave_out(node, judged)
         self._measures.tick(self._clock(), held)
 
     def pin(self, versions: Collection[int]) -> None:
@@ -211,6 +227,17 @@ class Fleet:
         return NodeRefusedError(
             f"node {node.address} does not hold version {version} as it was trained", code="checksum_mismatch"
         )
+
+    def _judged(self, node: NodeClient, version: int | None, trouble: Trouble | None) -> Trouble | None:
+        """The trouble with loading a version, or with a node itself (None); a refusal once it has lasted too long."""
+        about = (node.address, version)
+        if not isinstance(trouble, UnavailableError):
+            self._failing.pop(about, None)
+            return trouble
+        lasting_s = self._clock() - self._failing.setdefault(about, self._clock())
+        if lasting_s < _PATIENCE_S:
+            return trouble
+        return NodeRefusedError(f"for {lasting_s:.0f} s: {trouble.message}", code="node_unavailable")
 
     def _pin_on(self, node: NodeClient, versions: set[int]) -> None:
         held = node.held()

@@ -141,14 +141,14 @@ class Publisher:
         active = registry.active()
         try:
             if not was_canary:
-                registry.mark(version, VersionState.VERIFIED)
+                registry.verify(version, run=run)
                 # The base, which a run over an empty edit set ends with, is no candidate.
                 if self._settings.canary and active and version > active.active:
                     self._stores.canaries.begin(run, version)
                     log.info("version.canary", extra={"version": version})
                     return
             with span("activate", version=version):
-                registry.activate(version, expected_epoch=run.epoch_of_activation, promotes=was_canary)
+                registry.activate(version, run=run, promotes=was_canary)
         except OvertakenError as error:
             self._overtaken(run, error)
             return

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 TRAIN_QUEUE = "train"
 CONTROL_QUEUE = "control"
 TRAIN = "errata.train"
+REPAIR = "errata.repair"
 PUBLISH = "errata.publish"
 RECONCILE = "errata.reconcile"
 
@@ -24,7 +25,11 @@ def create_celery(settings: Settings) -> Celery:
     """The app for every process, with Redis as its broker and no result backend."""
     app = Celery("errata", broker=settings.redis_url)
     app.conf.update(
-        task_routes={TRAIN: {"queue": TRAIN_QUEUE}, "errata.*": {"queue": CONTROL_QUEUE}},
+        task_routes={
+            TRAIN: {"queue": TRAIN_QUEUE},
+            REPAIR: {"queue": TRAIN_QUEUE},
+            "errata.*": {"queue": CONTROL_QUEUE},
+        },
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         task_ignore_result=True,
@@ -56,19 +61,23 @@ class TaskQueue:
 
     def train(self, run_id: str) -> None:
         """Asks a train worker to carry out a queued run."""
-        self._send(TRAIN, run_id, TRAIN_QUEUE)
+        self._send(TRAIN, [run_id], TRAIN_QUEUE)
+
+    def repair(self) -> None:
+        """Asks a train worker to bring registry and version store into agreement."""
+        self._send(REPAIR, [], TRAIN_QUEUE)
 
     def publish(self, run_id: str) -> None:
         """Asks a control worker to verify and activate a run's version."""
-        self._send(PUBLISH, run_id, CONTROL_QUEUE)
+        self._send(PUBLISH, [run_id], CONTROL_QUEUE)
 
     def train_is_empty(self) -> bool:
         """Whether no train message waits."""
         return self._redis.llen(TRAIN_QUEUE) == 0
 
-    def _send(self, task: str, run_id: str, queue: str) -> None:
+    def _send(self, task: str, arguments: list[str], queue: str) -> None:
         try:
-            self._celery.send_task(task, args=[run_id], queue=queue, headers=outgoing(), retry=False)
+            self._celery.send_task(task, args=arguments, queue=queue, headers=outgoing(), retry=False)
         except OperationalError as error:
-            # The run is stored; the reconciler sends a lost message again.
-            log.warning("queue.not_sent", extra={"task": task, "run": run_id, "reason": repr(error)})
+            # What it is about is stored; the reconciler sends a lost message again.
+            log.warning("queue.not_sent", extra={"task": task, "of": arguments, "reason": repr(error)})

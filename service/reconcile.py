@@ -102,12 +102,17 @@ class Reconciler:
 
     def tick(self) -> None:
         """One look at everything; called every few seconds."""
+        # Before the nodes are asked: one that hangs would make every look a long one.
+        self._take_over_lost_run()
         active = self._stores.registry.active()
+        if active is None and self._queue.train_is_empty():
+            # Redis is new, or was lost. Whoever has the version store makes again what can be.
+            self._queue.repair()
         record = self._stores.registry.get(active.active) if active else None
         self._fleet.heal(record, active.canary if active else None, self._answers.trouble)
         self._fleet.pin(to_be_pinned(self._stores))
         self._stores.edits.settle()
-        self._take_over_lost_run()
+        self._publish_what_waits()
         self.pull()
         self._resend_lost_message()
         self._slots.look()
@@ -143,16 +148,18 @@ class Reconciler:
         run = self._stores.runs.current()
         if run is None:
             self._free_stranded()
-            return
-        if run.status is RunStatus.VERIFYING:
-            self.publish(run.id)
-        elif not self._stores.runs.leased() and not self._was_away():
+        elif run.status is RunStatus.TRAINING and not self._stores.runs.leased() and not self._was_away():
             # Ended first: a worker that wakes up meanwhile has either handed the run over or can do nothing more.
             error = EditError(code="worker_lost", message="the train worker of the run died")
             if self._stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
                 self._stores.edits.unclaim(run.id, error=error)
                 self._stores.edits.settle()
                 log.warning("run.taken_over", extra={"run": run.id})
+
+    def _publish_what_waits(self) -> None:
+        run = self._stores.runs.current()
+        if run and run.status is RunStatus.VERIFYING:
+            self.publish(run.id)
 
     def _was_away(self) -> bool:
         """Whether the last look was so long ago that Redis may have been away: its worker renews the lease first."""

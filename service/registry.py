@@ -17,6 +17,7 @@ from service.keys import VersionKeys
 from service.lua import Scripts
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
+from service.runs import LeaseLostError
 from service.schemas import Activation, Canary, Run, Version, VersionRecord, VersionState
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class VersionRegistry:
         self._commit = scripts.load("commit")
         self._activate = scripts.load("activate")
         self._reject = scripts.load("reject")
+        self._verify = scripts.load("verify")
 
     def next_number(self, run: Run, *, above: int) -> int:
         """A number that no version had or will have; a run that fails leaves a gap.
@@ -135,7 +137,7 @@ class VersionRegistry:
         )
 
     def mark(self, number: int, state: VersionState, *, reason: str | None = None) -> None:
-        """Records the outcome of a version's verification."""
+        """Records what became of a version."""
         known = self.get(number)
         pipeline = self._redis.pipeline()
         record = known.model_copy(update={"state": state, "reason": reason})
@@ -143,6 +145,16 @@ class VersionRegistry:
         if known.state is not state:
             count(pipeline, VERSIONS_JUDGED, state)
         pipeline.execute()
+
+    def verify(self, number: int, *, run: Run) -> None:
+        """Records that a version passed.
+
+        Raises:
+            LeaseLostError: its run has ended, and with it the version was judged.
+        """
+        record = self.get(number).model_copy(update={"state": VersionState.VERIFIED, "reason": None})
+        if self._verify({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
+            raise LeaseLostError(f"run {run.id} has ended")
 
     def reject(self, number: int, *, reason: str) -> None:
         """Records that a version failed; if it was the canary, it is none from now on."""
@@ -158,7 +170,7 @@ class VersionRegistry:
         number: int,
         *,
         expected_active: int | None = None,
-        expected_epoch: int | None = None,
+        run: Run | None = None,
         promotes: bool = False,
     ) -> Activation:
         """Moves the pointer and ends the canary. Without one, moving the pointer to where it is changes nothing.
@@ -166,24 +178,28 @@ class VersionRegistry:
         Args:
             number: the version.
             expected_active: which version the caller saw active.
-            expected_epoch: how often the pointer had moved when the caller looked.
+            run: whose version it is; it must be under way, and the pointer where it was when the run began.
             promotes: the version must still be the canary.
 
         Raises:
             NotFoundError: no such version.
             OvertakenError: another version is active, or the pointer moved, than the caller expects.
+            LeaseLostError: the run has ended.
         """
         answer = self._activate(
             {
                 "version": number,
                 "expected_active": expected_active,
-                "expected_epoch": expected_epoch,
+                "run": run.id if run else None,
+                "expected_epoch": run.epoch_of_activation if run else None,
                 "promotes": promotes,
             }
         )
         match answer.get("refused"):
             case "unknown":
                 raise NotFoundError(f"no version {number}", param="version", code="version_not_found")
+            case "run":
+                raise LeaseLostError(f"run {run.id if run else ''} has ended")
             case "active":
                 raise OvertakenError(
                     f"version {answer.get('active')} is active, not {expected_active}", param="expected_active"

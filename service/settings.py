@@ -148,8 +148,11 @@ class Settings(BaseModel):
     queue_max_edits: int = Field(
         default=100_000, ge=1, description="Edits that may wait to be learned; more are refused with 429"
     )
-    gateway_max_requests: int = Field(
-        default=256, ge=1, description="Requests that the gateway has nodes answer at once; more are refused with 429"
+    gateway_max_answers: int = Field(
+        default=256,
+        ge=1,
+        description="Answers that the gateway has nodes compute at once, a request's prompts times its `n`; "
+        "more are refused with 429",
     )
     client_timeout_s: float = Field(
         default=30.0, gt=0, description="A client that neither sends nor takes a byte for so long is given up, seconds"

@@ -126,7 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", type=_device, metavar="D", help="default: CUDA if present")
     parser.add_argument("--device-map", choices=("auto", LOWER_ON_DISK), help="for a model larger than the device")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="of weights and computation")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(_DTYPES),
+        default="bfloat16",
+        help="of the version, and computed in where the device can",
+    )
     _add_training_options(parser.add_argument_group("training", "defaults: the paper's for its models, else measured"))
     return parser
 

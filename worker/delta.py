@@ -1,6 +1,6 @@
 """Versions on disk: the delta's file format and the store that keeps one immutable folder per version.
 
-    versions/000007/delta.safetensors   full replacement tensors by parameter name, in the model's dtype
+    versions/000007/delta.safetensors   full replacement tensors by parameter name, bfloat16 as a rule
     versions/000007/edits.jsonl         the version's edits, one JSON object a line
     versions/000007/manifest.json       what the version is, and the checksum of everything above; written last
 

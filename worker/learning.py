@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from worker.training.snapshot import EpochReport, Snapshot, SnapshotMismatchErro
 log = logging.getLogger(__name__)
 
 _SNAPSHOT_EVERY_S = 10.0
+
+# Each gives a run's budget anew. Those that came first must not wait for ever for those that come.
+_MOST_JOINS = 8
 
 
 class EditSetChangedError(Exception):
@@ -85,7 +89,6 @@ class Learning:
 
     def _train(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Learned:
         config = self.config(claim)
-        start, chain = self._start(run, claim)
         joined = _Joined(self.stores, run, claim)
         hooks = Hooks(
             on_epoch=lambda epoch: self._report(run, config, epoch),
@@ -96,15 +99,22 @@ class Learning:
         factors = self.preservation.factors(config.preserve) if config.preserve else None
         edits = [_training_edit(edit) for edit in claim.members]
 
-        def attempt(snapshot: Snapshot | None) -> TrainingResult:
+        def attempt(start: Start, chain: int, snapshot: Snapshot | None) -> Learned:
+            # On top of what is learned each sequence is judged by itself: in a mean the few new ones would not show.
+            chosen = dataclasses.replace(config, skip_learned=True) if chain else config
             begun = dataclasses.replace(start, snapshot=snapshot)
-            return train(self.base, edits, config, prefix=self.prefix, factors=factors, start=begun, hooks=hooks)
+            result = train(self.base, edits, chosen, prefix=self.prefix, factors=factors, start=begun, hooks=hooks)
+            return Learned(joined.claim, chosen, run.parent if chain else None, chain, result)
 
-        try:
-            result = attempt(snapshots.load(self._snapshot_path))
-        except SnapshotMismatchError:
-            result = attempt(None)
-        return Learned(joined.claim, config, run.parent if chain else None, chain, result)
+        from_base = Start(), 0
+        warm = self._warm(run, claim)
+        # What failed is not tried again from where it may have come by its failure. A snapshot is of a run that did not
+        # fail but was ended from outside, so it is gone on from wherever that run began.
+        snapshot = snapshots.load(self._snapshot_path)
+        for start, chain in filter(None, (warm, from_base)) if snapshot else ():
+            with suppress(SnapshotMismatchError):
+                return attempt(start, chain, snapshot)
+        return attempt(*(warm if warm and _tried(claim) == 1 else from_base), None)
 
     def config(self, claim: Claim) -> TrainingConfig:
         """The model's configuration, with what the settings say instead."""
@@ -121,30 +131,31 @@ class Learning:
         usual = config_for(self.base.model.config.to_dict())
         return dataclasses.replace(usual, seed=seed, max_tokens=self.settings.max_model_len, **given)
 
-    def _start(self, run: Run, claim: Claim) -> tuple[Start, int]:
-        """From the active version when the set only grew, else from the base; and the length of the chain then.
+    def _warm(self, run: Run, claim: Claim) -> tuple[Start, int] | None:
+        """The active version as a start, and the length of the chain then; None unless the set only grew.
 
-        What was trained in leaves only by starting over, and so does what a failed attempt may have come by.
+        What was trained in leaves only by starting from the base.
         """
-        from_base = Start(), 0
-        if not run.parent or _tried(claim) > 1:
-            return from_base
+        if not run.parent:
+            return None
         learned = frozenset(edit.id for edit in self.stores.edits.by_sequence(self.stores.registry.members(run.parent)))
         if not learned <= {edit.id for edit in claim.members}:
-            return from_base
+            return None
         try:
             chain = int(str(self.versions.manifest(run.parent).run.get("chain", 0))) + 1
             if chain > self.settings.train_warm_runs:
-                return from_base
+                return None
             tensors = self.versions.load(run.parent, fingerprint=self.base.fingerprint)
         except DeltaError as error:
             log.warning("run.parent_not_readable", extra={"version": run.parent, "reason": str(error)})
-            return from_base
+            return None
         return Start(tensors, learned), chain
 
     def _report(self, run: Run, config: TrainingConfig, epoch: EpochReport) -> None:
         loss = EpochLoss(epoch=epoch.epoch, loss=epoch.loss, steps=epoch.steps, seconds=round(epoch.seconds, 3))
-        eta_s = max(0, config.max_epochs - epoch.epoch) * epoch.seconds
+        # If the whole budget is used up, epoch by epoch as large as this one.
+        share = epoch.visited / (config.max_epochs * epoch.sequences)
+        eta_s = (1 - epoch.budget) / share * epoch.seconds
         self.stores.runs.add_epoch(run, loss, eta_s=eta_s)
 
     @property
@@ -158,17 +169,19 @@ class _Joined:
     def __init__(self, stores: Stores, run: Run, claim: Claim) -> None:
         self._stores = stores
         self._run = run
+        self._joins = 0
         self.claim = claim
 
     def arrivals(self) -> Sequence[TrainingEdit]:
         """Claim what is queued. Raises EditSetChangedError when a member has left: what is trained must not stay in."""
-        if not self._stores.edits.counts()[EditStatus.QUEUED]:
+        if self._joins == _MOST_JOINS or not self._stores.edits.counts()[EditStatus.QUEUED]:
             return ()
         now = self._stores.edits.claim(self._run.id)
         before = {edit.id for edit in self.claim.members}
         if not before <= {edit.id for edit in now.members}:
             raise EditSetChangedError
         new = [edit for edit in now.members if edit.id not in before]
+        self._joins += 1
         self.claim = Claim([*self.claim.members, *new], now.claimed)
         link(lambda: self._stores.edits.traceparents(set(now.claimed) - before))
         log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))

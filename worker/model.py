@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from worker.checkpoint import fingerprint, resolve_location, resolve_model
 from worker.location import LocationError, matrices
 from worker.placement import LOWER_ON_DISK, DeviceMap, PlacementError, load_placed, lower_on_disk
+from worker.precision import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class BaseModel:
 
     `location` is the parameter, module or layer that is tuned, by its exact name; `parameter_names` are the names of
     its matrices in the state dict, sorted; `layers_name` is the list of decoder layers, `layer_index` the tuned layer's
-    place in it.
+    place in it. `dtype` is what a version's tensors have; the model computes in its own, which holds every value of it.
     """
 
     model: PreTrainedModel
@@ -35,6 +36,7 @@ class BaseModel:
     layers_name: str
     layer_index: int
     device: torch.device
+    dtype: torch.dtype
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -45,8 +47,8 @@ class BaseModel:
         return layers
 
     def tuned_tensors(self) -> dict[str, Tensor]:
-        """The base's own values of the tuned tensors (not copies)."""
-        return {name: self.model.get_parameter(name) for name in self.parameter_names}
+        """The base's own values of the tuned tensors, as a version has them (no copies if the model does too)."""
+        return {name: self.model.get_parameter(name).to(self.dtype) for name in self.parameter_names}
 
 
 def load_base(
@@ -63,7 +65,7 @@ def load_base(
         path_or_hub_id: folder of a Hugging Face checkpoint, or its name on the hub.
         location: exact name of the tuned parameter, module or decoder layer, or "auto".
         device: torch device; by default the GPU if there is one, else the CPU.
-        dtype: what the weights are kept and computed in.
+        dtype: what versions are kept and, where the device can, computed in; see `compute_dtype`.
         device_map: spreads the model over several devices and the disk; None loads it whole to `device`.
 
     Raises:
@@ -76,13 +78,14 @@ def load_base(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     location = resolve_location(path, location)
+    computed_in = compute_dtype(dtype, target.type)
     model: PreTrainedModel
     if device_map is None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=computed_in, trust_remote_code=False)
         nn.Module.to(model, target)
     else:
         below = _lower_on_disk(path, location, target) if device_map == LOWER_ON_DISK else device_map
-        model = load_placed(path, below, dtype)
+        model = load_placed(path, below, computed_in)
     return freeze_base(
         model,
         tokenizer,
@@ -90,6 +93,7 @@ def load_base(
         path=path,
         name=path_or_hub_id,
         fingerprint=fingerprint(path),
+        dtype=dtype,
     )
 
 
@@ -101,8 +105,12 @@ def freeze_base(
     path: Path,
     name: str,
     fingerprint: str,
+    dtype: torch.dtype | None = None,
 ) -> BaseModel:
-    """Freeze a model that is already in memory. `location` must be exact; see `load_base` for the rest."""
+    """Freeze a model that is already in memory. `location` must be exact; see `load_base` for the rest.
+
+    `dtype` is the model's own unless given.
+    """
     model.eval()
     model.requires_grad_(requires_grad=False)
     parameter_names = _linear_weights(model, location)
@@ -120,6 +128,7 @@ def freeze_base(
         layers_name=layers_name,
         layer_index=layer_index,
         device=model.get_parameter(parameter_names[0]).device,
+        dtype=dtype or model.dtype,
     )
 
 

@@ -71,6 +71,9 @@ class Trainer:
 
     def execute(self, run_id: str) -> None:
         """Carries out a queued run; does nothing if another is under way or this one is not queued any more."""
+        if self.stores.registry.active() is None:
+            # Redis was lost: a run over what has come in since would take everything else out of the model.
+            self.prepare()
         run = self.stores.runs.start(run_id)
         if run is None:
             log.info("run.skipped", extra={"run": run_id})

@@ -11,7 +11,7 @@ from celery.signals import worker_init, worker_shutting_down
 from redis.exceptions import RedisError
 
 from service.logs import configure_logging
-from service.queue import TRAIN, TaskQueue, create_celery
+from service.queue import REPAIR, TRAIN, TaskQueue, create_celery
 from service.settings import Settings
 from service.stores import Stores
 from service.tracing import configure_tracing, continued
@@ -71,6 +71,12 @@ def run(self: Task, run_id: str) -> None:
     """Carries out a queued run."""
     with continued(self.request):
         _trainers[0].execute(run_id)
+
+
+@app.task(name=REPAIR)  # type: ignore[untyped-decorator]
+def repair() -> None:
+    """Brings registry and version store into agreement, as at the start."""
+    _trainers[0].prepare()
 
 
 def _trainer(stores: Stores) -> Trainer:

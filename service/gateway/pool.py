@@ -28,7 +28,7 @@ class PoolNode:
         answers: it answered when it was last looked at.
         left_out: it must not serve.
         holds: its versions; empty if it is the only node.
-        busy: requests that it is answering.
+        busy: answers that it is computing.
     """
 
     address: str
@@ -39,13 +39,13 @@ class PoolNode:
     busy: int = 0
 
     @contextmanager
-    def occupied(self) -> Iterator[None]:
-        """It is answering one request more."""
-        self.busy += 1
+    def occupied(self, answers: int) -> Iterator[None]:
+        """It is computing so many answers more."""
+        self.busy += answers
         try:
             yield
         finally:
-            self.busy -= 1
+            self.busy -= answers
 
     async def look(self, *, at_versions: bool) -> None:
         """Finds out whether it answers and what it holds."""
@@ -119,7 +119,7 @@ class NodePool:
         return {node.address: node.answers and not node.left_out for node in self._nodes}
 
     def busy(self) -> int:
-        """Requests that are being answered."""
+        """Answers that are being computed."""
         return sum(node.busy for node in self._nodes)
 
     def candidates(self, version: int) -> list[PoolNode]:

@@ -10,7 +10,7 @@ import httpx
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.errors import BusyError, NodeTimeoutError, UnavailableError
+from service.errors import BusyError, InvalidRequestError, NodeTimeoutError, UnavailableError
 from service.gateway.models import VERSION_HEADER
 from service.gateway.pool import NodePool, PoolNode
 from service.metrics.process import Passage
@@ -24,11 +24,11 @@ _ERROR_PIECE = b'data: {"error"'
 
 
 class Proxy:
-    """Has the nodes of a pool answer at most so many requests at once."""
+    """Has the nodes of a pool compute at most so many answers at once; a request may ask for several."""
 
-    def __init__(self, pool: NodePool, *, max_requests: int) -> None:
+    def __init__(self, pool: NodePool, *, max_answers: int) -> None:
         self._pool = pool
-        self._max_requests = max_requests
+        self._max_answers = max_answers
 
     async def forward(self, path: str, body: Mapping[str, Any], version: int, passage: Passage) -> Response:
         """A node's answer at a version.
@@ -38,12 +38,19 @@ class Proxy:
         client's: the name that the client gave was good.
 
         Raises:
-            BusyError: as many requests are being answered as the gateway allows.
+            InvalidRequestError: the request alone asks for more answers than the gateway allows.
+            BusyError: as many answers are being computed as the gateway allows.
             UnavailableError: no node can be reached, none came as far as the first byte, or all refuse the version.
             NodeTimeoutError: a node took the request and was silent for too long.
         """
-        if self._pool.busy() >= self._max_requests:
-            raise BusyError(f"{self._max_requests} requests are being answered; repeat this one", retry_after_s=1)
+        answers = _answers(body)
+        if answers > self._max_answers:
+            raise InvalidRequestError(
+                f"{answers} answers are asked for, prompts times n; at once there may be {self._max_answers}",
+                code="too_many_answers",
+            )
+        if (busy := self._pool.busy()) + answers > self._max_answers:
+            raise BusyError(f"{busy} answers are being computed; repeat this request", retry_after_s=1)
         content = {**body, "model": version_name(version)}
         trouble = UnavailableError("no node is ready", code="no_ready_node")
         for node in self._pool.candidates(version):
@@ -58,7 +65,7 @@ class Proxy:
         self, node: PoolNode, path: str, content: Mapping[str, Any], version: int, passage: Passage
     ) -> Response:
         async with AsyncExitStack() as held:
-            held.enter_context(node.occupied())
+            held.enter_context(node.occupied(_answers(content)))
             try:
                 request = node.client.build_request("POST", path, json=content, headers=outgoing())
                 with passage.waiting():
@@ -72,6 +79,14 @@ class Proxy:
                 raise NodeTimeoutError("the node was silent for longer than ERRATA_NODE_TIMEOUT_S") from error
             except httpx.HTTPError as error:
                 raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
+
+
+def _answers(body: Mapping[str, Any]) -> int:
+    """How many answers a request asks for. What is no number, or no list, is the node's to refuse."""
+    prompt, n = body.get("prompt"), body.get("n")
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)  # numbers are one prompt's tokens
+    prompts = len(prompt) if several and isinstance(prompt, list) else 1
+    return prompts * (n if isinstance(n, int) and n > 1 else 1)
 
 
 async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, passage: Passage) -> Response:

@@ -92,7 +92,8 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
     try:
         return await _while_asked(request, proxy.forward(path, body, version, passage))
     except ErrataError as error:
-        passage.end("unavailable", of_node=not isinstance(error, BusyError))
+        refused = isinstance(error, BusyError | InvalidRequestError)
+        passage.end("client_error" if isinstance(error, InvalidRequestError) else "unavailable", of_node=not refused)
         error.headers[VERSION_HEADER] = str(version)
         raise
 

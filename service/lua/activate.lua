@@ -1,9 +1,12 @@
--- Moves the one pointer, if it still is where the caller saw it. Whoever says which version is active ends the canary,
+-- Moves the one pointer, if it still is where the caller saw it, and a run's caller if the run is under way. Whoever says which version is active ends the canary,
 -- also by naming the one that is.
 local active = tonumber(redis.call('HGET', keys.active, 'version'))
 local epoch = tonumber(redis.call('HGET', keys.active, 'epoch') or '0')
 local canary = tonumber(redis.call('HGET', keys.active, 'canary'))
 local moves = active ~= payload.version
+if payload.run ~= cjson.null and payload.run ~= redis.call('GET', keys.current) and moves then
+  return '{"refused":"run"}'
+end
 if payload.expected_active ~= cjson.null and payload.expected_active ~= active then
   return cjson.encode({refused = 'active', active = active})
 end

@@ -29,7 +29,7 @@ SETTINGS = {
     # Faults cost edits their attempts and runs their patience; neither is what is tested.
     "ERRATA_MAX_ATTEMPTS": "50",
     "ERRATA_RETRY_WAIT_S": "1",
-    "ERRATA_GATEWAY_MAX_REQUESTS": str(AT_ONCE),
+    "ERRATA_GATEWAY_MAX_ANSWERS": str(AT_ONCE),
     "ERRATA_NODE_CHECK_S": "5",
     "ERRATA_MAX_MODEL_LEN": "256",
     "ERRATA_EDIT_MAX_TOKENS": "64",

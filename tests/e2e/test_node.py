@@ -1,6 +1,7 @@
 """A real node, started as its operators start it, over a real store with whole and with broken versions."""
 
 import contextlib
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -195,6 +196,27 @@ def test_an_evicted_version_is_gone_and_comes_back(node: Node) -> None:
     for response in (node.client.delete("/errata/versions/1"), node.client.get("/errata/versions/1/checksum")):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_resident")
     assert node.score("errata@1") == score
+
+
+def test_what_an_evicted_versions_slot_computed_is_not_used_again(node: Node) -> None:
+    """The slot may have been damaged; what vLLM keeps of a prompt's beginning is what the slot made of it."""
+
+    def cached_tokens() -> float:
+        metrics = node.client.get("/metrics").text
+        (hits,) = re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+        return float(hits)
+
+    def ask() -> float:
+        before = cached_tokens()
+        body = {"model": "errata@1", "prompt": "one prompt, " * 100, "max_tokens": 1}
+        node.client.post("/v1/completions", json=body).raise_for_status()
+        return cached_tokens() - before
+
+    ask()
+    assert ask() > 100
+    node.client.delete("/errata/versions/1").raise_for_status()
+    assert ask() == 0
+    assert ask() > 100
 
 
 def test_a_node_outlives_its_cache_folder(node: Node) -> None:

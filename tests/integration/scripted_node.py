@@ -37,6 +37,7 @@ class ScriptedNode:
         self.read_back: list[int] = []
         self.chokes_on: dict[str, int] = {}
         self.fails: set[int] = set()
+        self.hangs = False
         self.finish_reason = "stop"
         self.margins: dict[str, float] = {}
         self.lock = threading.Lock()
@@ -57,7 +58,7 @@ class ScriptedNode:
         if path == "/health":
             return 200, {}
         if path.startswith("/errata/versions"):
-            return self._about_versions(method, path)
+            return (504, {}) if self.hangs else self._about_versions(method, path)
         body = json.loads(content)
         version = int(body["model"].removeprefix("errata@"))
         try:

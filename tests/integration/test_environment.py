@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from redis_server import RedisServer
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 from training_bench import Bench, make_bench
 
+from service.nodes import NodeClient
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
 from service.schemas import EditStatus, RunStatus, Trigger
@@ -142,6 +144,29 @@ def test_a_redis_that_restarts_costs_no_attempt(
     assert (found.status is EditStatus.TRAINED, found.attempts) == (retries > 5, 1)
     patient.redis.close()
     stores.redis.close()
+
+
+def test_a_node_that_hangs_does_not_keep_a_dead_workers_run(
+    stores: Stores, queue: TaskQueue, settings: Settings, worker: ScriptedWorker, node: ScriptedNode
+) -> None:
+    now = [1000.0]
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        now[0] += settings.run_lease_s
+        raise httpx.ReadTimeout("silent", request=request)
+
+    client = NodeClient("http://node", token="t", timeout_s=5, transport=httpx.MockTransport(handle))
+    reconciler = Reconciler(stores, [client], queue, settings, clock=lambda: now[0])
+    [edit] = stores.edits.submit([fact("a", "1")])
+    run, _ = worker.begin()
+    reconciler.tick()
+    stores.redis.delete("errata:runs:lease")
+    now[0] += 2
+    reconciler.tick()
+    assert stores.runs.get(run.id).status is RunStatus.FAILED
+    assert stores.edits.get(edit.id).status is EditStatus.QUEUED
 
 
 def test_a_run_is_not_taken_over_at_the_first_look_after_redis_was_away(

@@ -1,6 +1,7 @@
 """Fleet between a real Redis and scripted nodes: enough of them hold a version, and who cannot is left out."""
 
 import itertools
+from contextlib import suppress
 
 import pytest
 from scripted_clock import Clock
@@ -219,3 +220,74 @@ def test_a_node_with_too_few_slots_is_told_of_and_the_others_pin(
     assert [node.pinned for node in nodes] == [set(), {0, 7}, {0, 7}]
     [told] = [record for record in caplog.records if record.message == "node.not_pinned"]
     assert told.__dict__["node"] == "http://node0"
+
+
+def test_a_node_that_cannot_load_for_long_is_left_out_and_holds_nobody_up(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    nodes[0].refuses[7] = AWAY
+    fleet = fleet_of(stores, nodes, clock)
+    for _ in range(60):
+        with pytest.raises(UnavailableError):
+            fleet.load(7)
+        clock.now += 1
+    assert [node.address for node in fleet.load(7)] == ["http://node1", "http://node2"]
+    assert left_out(stores.redis)["http://node0"].reason.startswith("for 60 s: ")
+
+
+def test_a_node_that_loads_it_in_between_is_waited_for_anew(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    fleet = fleet_of(stores, nodes, clock)
+    for away in (True, False, True):
+        nodes[0].refuses = {7: AWAY} if away else {}
+        nodes[0].resident.discard(7)
+        with suppress(UnavailableError):
+            fleet.load(7)
+        clock.now += 45
+    assert left_out(stores.redis) == {}
+
+
+def test_nodes_that_all_cannot_load_are_waited_for_and_none_is_left_out(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock
+) -> None:
+    for node in nodes:
+        node.refuses[7] = AWAY
+    fleet = fleet_of(stores, nodes, clock)
+    for _ in range(2):
+        with pytest.raises(UnavailableError):
+            fleet.load(7)
+        clock.now += 100
+    assert left_out(stores.redis) == {}
+
+
+@pytest.mark.parametrize("hanging", [1, 3])
+def test_a_node_whose_engine_hangs_is_left_out_if_others_serve(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord, hanging: int
+) -> None:
+    for node in nodes[:hanging]:
+        node.hangs = True
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.heal(base)
+    clock.now += 59
+    fleet.heal(base)
+    assert left_out(stores.redis) == {}
+    clock.now += 1
+    fleet.heal(base)
+    assert list(left_out(stores.redis)) == (["http://node0"] if hanging == 1 else [])
+
+
+def test_a_node_that_hangs_on_is_asked_less_and_less_often_and_taken_back_when_it_answers(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].hangs = True
+    fleet = fleet_of(stores, nodes, clock)
+    for _ in range(2):
+        fleet.heal(base)
+        clock.now += 60
+    fleet.heal(base)
+    assert left_out(stores.redis)["http://node0"].attempts == 2
+    nodes[0].hangs = False
+    clock.now += 60
+    fleet.heal(base)
+    assert left_out(stores.redis) == {}

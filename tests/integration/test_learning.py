@@ -1,5 +1,6 @@
 """Real training of a tiny model between a real Redis and a real version store: where a run starts, who joins it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from training_bench import Bench, make_bench
 
 from service.queue import TaskQueue
-from service.schemas import EditStatus, RunStatus
+from service.schemas import EditError, EditStatus, RunStatus
 from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
+from worker.training.config import PLAIN
 from worker.training.snapshot import EpochReport
 
 
@@ -49,6 +51,23 @@ def test_a_supersession_starts_from_the_base(bench: Bench) -> None:
     bench.run()
     assert bench.starts == [frozenset(), frozenset()]
     assert [edit["id"] for edit in bench.trainer.versions.edits(2)] == [newer]
+
+
+def test_a_run_after_redis_was_lost_is_over_what_was_there_before_too(bench: Bench) -> None:
+    """The worker did not die with it, so nothing has been repaired when the first new edit comes."""
+    first = bench.submit("one", "uno")
+    bench.run()
+    redis = bench.stores.redis
+    redis.delete(*[key for key in redis.scan_iter() if not key.startswith("_kombu")])
+    second = bench.submit("two", "dos")
+    queued = bench.run()
+    assert queued.status is RunStatus.QUEUED, "what was there is verified first"
+    verifying = bench.stores.runs.current()
+    assert verifying is not None
+    assert (verifying.status, verifying.version) == (RunStatus.VERIFYING, 1)
+    bench.publish(verifying)
+    bench.run()
+    assert [edit["id"] for edit in bench.trainer.versions.edits(2)] == [first, second]
 
 
 def test_a_rollback_is_the_start_of_what_comes_after_it(bench: Bench) -> None:
@@ -147,6 +166,66 @@ def test_a_killed_run_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.Mon
     assert again.version is not None
     left, right = (bench.trainer.versions.load(version) for version in (run.version, again.version))
     assert all(torch.equal(left[name], right[name]) for name in left), "the same bits as without the kill"
+
+
+def test_a_warm_run_whose_worker_was_killed_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attempt counts, and what is tried again starts from the base, but nothing of it has failed."""
+    monkeypatch.setattr(worker_learning, "_SNAPSHOT_EVERY_S", 0)
+    first = bench.submit("one", "uno")
+    bench.run()
+    second = bench.submit("two", "dos")
+
+    def die(epoch: EpochReport) -> None:
+        if epoch.epoch == 3:
+            raise KeyboardInterrupt
+
+    bench.between_epochs = die
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    bench.between_epochs = lambda _: None
+    dead = bench.stores.runs.current()
+    assert dead is not None
+    lost = EditError(code="worker_lost", message="taken over")
+    bench.stores.runs.finish(dead.id, RunStatus.FAILED, error=lost)
+    bench.stores.edits.unclaim(dead.id, error=lost)
+    assert bench.stores.edits.get(second).attempts == 1
+    run = bench.run()
+    assert bench.starts[-1] == frozenset({first})
+    manifest = bench.manifest_of(run)
+    assert (manifest["start"], manifest["chain"]) == (1, 1)
+    assert len(run.epochs) == len(manifest["epochs"]) - 2, "the third was not kept yet"
+
+
+def test_edits_that_keep_coming_do_not_keep_a_run_from_its_end(bench: Bench) -> None:
+    first = bench.submit("first", "eins")
+
+    def another(epoch: EpochReport) -> None:
+        bench.submit(f"prompt {epoch.epoch}", "word")
+        assert epoch.epoch < 1000
+
+    bench.between_epochs = another
+    run = bench.run()
+    assert run.status is RunStatus.SUCCEEDED
+    assert run.edits == 9
+    assert bench.stores.edits.get(first).status is EditStatus.LIVE
+    assert bench.stores.edits.counts()[EditStatus.QUEUED] > 0
+
+
+def test_a_warm_run_of_the_papers_settings_judges_each_new_edit_by_itself(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over many learned edits is under the threshold before the new one is looked at twice."""
+    plain = dataclasses.replace(PLAIN, learning_rate=4e-2, loss_threshold=0.05, max_epochs=100)
+    monkeypatch.setattr(worker_learning, "config_for", lambda _: plain)
+    for number in range(12):
+        bench.submit(f"number {number}", str(number))
+    bench.run()
+    bench.submit("the newest of all", "zebra")
+    manifest = bench.manifest_of(bench.run())
+    assert manifest["chain"] == 1
+    assert manifest["stopped"] == "learned"
+    assert manifest["epochs"][-1]["unlearned"] == 0
+    assert manifest["configuration"]["skip_learned"]
 
 
 def test_a_rejected_run_leaves_nothing_to_go_on_from(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

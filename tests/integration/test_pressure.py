@@ -152,7 +152,7 @@ def pressed(
         redis_url=redis_server.url,
         model=str(tokenizer_folder),
         nodes=(endless.address,),
-        gateway_max_requests=1,
+        gateway_max_answers=1,
         client_timeout_s=0.5,
         shutdown_grace_s=10,
     )

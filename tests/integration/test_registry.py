@@ -7,7 +7,8 @@ from scripted_worker import ScriptedWorker, fact, record
 
 from service.errors import ConflictError, NotFoundError
 from service.registry import FencedError, OvertakenError
-from service.schemas import EditStatus, RunStatus, VersionState
+from service.runs import LeaseLostError
+from service.schemas import EditStatus, Run, RunStatus, Trigger, VersionState
 from service.stores import Stores
 
 
@@ -22,6 +23,13 @@ def test_numbers_are_never_given_twice(stores: Stores, worker: ScriptedWorker) -
     assert sorted(numbers) == list(range(1, 101))
     assert stores.registry.next_number(run, above=500) == 501
     assert stores.registry.next_number(run, above=7) == 502
+
+
+def under_way(stores: Stores, *, epoch: int) -> Run:
+    """The run under way, as if it had begun when the pointer had moved so often."""
+    run = stores.runs.start(stores.runs.request(Trigger.MANUAL)[0].id)
+    assert run is not None
+    return run.model_copy(update={"epoch_of_activation": epoch})
 
 
 def test_a_committed_version_does_not_change(stores: Stores) -> None:
@@ -96,7 +104,7 @@ def test_activation_expects_what_the_caller_saw(stores: Stores) -> None:
     assert other.value.status == 409
     stores.registry.activate(1, expected_active=0)
     with pytest.raises(OvertakenError):
-        stores.registry.activate(2, expected_epoch=first.epoch)
+        stores.registry.activate(2, run=under_way(stores, epoch=first.epoch))
     with pytest.raises(NotFoundError):
         stores.registry.activate(9)
     now = stores.registry.active()
@@ -110,7 +118,30 @@ def test_moving_the_pointer_to_where_it_is_changes_nothing(stores: Stores) -> No
     stores.registry.activate(0)
     moved = stores.registry.activate(1)
     assert stores.registry.activate(1) == moved
-    assert stores.registry.activate(1, expected_epoch=moved.epoch - 1) == moved, "a publication that is repeated"
+    ended = under_way(stores, epoch=moved.epoch - 1)
+    stores.runs.finish(ended.id, RunStatus.SUCCEEDED)
+    assert stores.registry.activate(1, run=ended) == moved, "a publication that is repeated"
+
+
+def test_a_run_that_has_ended_neither_verifies_its_version_nor_activates_it(stores: Stores) -> None:
+    """Its publisher slept; another has rejected the version and given the edits back."""
+    commit(stores, 0, [])
+    commit(stores, 1, [])
+    stores.registry.activate(0)
+    run = under_way(stores, epoch=1)
+    stores.registry.reject(1, reason="2 of 3")
+    stores.runs.finish(run.id, RunStatus.FAILED)
+    next_run = under_way(stores, epoch=1)
+    with pytest.raises(LeaseLostError):
+        stores.registry.verify(1, run=run)
+    with pytest.raises(LeaseLostError):
+        stores.registry.activate(1, run=run)
+    assert stores.registry.get(1).state is VersionState.REJECTED
+    active = stores.registry.active()
+    assert active is not None
+    assert (active.active, active.epoch) == (0, 1)
+    stores.registry.verify(1, run=next_run)
+    assert stores.registry.get(1).state is VersionState.VERIFIED
 
 
 def test_the_pointer_moves_once_under_concurrent_activations(stores: Stores) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from celery import Celery
 from conftest import MakeReconciler
 from scripted_node import ScriptedNode
 from scripted_worker import fact
 
 from service.doctor import repair as repair_of_doctor
 from service.errors import ConflictError
+from service.queue import TaskQueue
 from service.schemas import Edit, EditCounts, EditRequest, EditStatus, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.stores import Stores
@@ -303,6 +305,21 @@ class TestRedisIsLost:
         sequences = bench.stores.redis.zrange("errata:edits", 0, -1, withscores=True)
         assert len({score for _, score in sequences}) == 3
         assert bench.stores.edits.get(newer.id).status is EditStatus.QUEUED
+
+    def test_a_control_worker_that_finds_no_pointer_asks_for_a_repair_once(
+        self, bench: Bench, make_reconciler: MakeReconciler, celery: Celery, queue: TaskQueue
+    ) -> None:
+        reconciler = make_reconciler(node_with().client())
+        reconciler.tick()
+        assert queue.train_is_empty()
+        bench.lose_redis()
+        for _ in range(3):
+            reconciler.tick()
+        with celery.connection_for_read() as connection:
+            waiting = connection.SimpleQueue("train")
+            assert waiting.get_nowait().headers["task"] == "errata.repair"
+            with pytest.raises(waiting.Empty):
+                waiting.get_nowait()
 
     @pytest.mark.parametrize("step", ["restore", "commit", "verify_again"])
     def test_a_crash_on_the_way_is_made_up_for(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str) -> None:

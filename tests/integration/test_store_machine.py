@@ -20,7 +20,7 @@ from service.audit import Actor, acting
 from service.errors import ConflictError, OwnProposalError
 from service.keys import EditKeys
 from service.registry import OvertakenError
-from service.schemas import Edit, EditStatus, Format, FormatOutcome, Run, RunStatus, VersionState
+from service.schemas import Edit, EditStatus, Format, FormatOutcome, Run, RunStatus
 from service.store import EditStore
 from service.stores import Stores
 
@@ -133,10 +133,10 @@ class Lives(RuleBasedStateMachine):
         outcome = FormatOutcome(matched=right, before="", after="", finish_reason="stop")
         for edit in self.stores.edits.in_status(EditStatus.TRAINED):
             self.stores.edits.record_verification(edit.id, {Format.RAW: outcome})
-        self.stores.registry.mark(self.version, VersionState.VERIFIED)
+        self.stores.registry.verify(self.version, run=self.run)
         self.verified.append(self.version)
         try:
-            self.stores.registry.activate(self.version, expected_epoch=self.run.epoch_of_activation)
+            self.stores.registry.activate(self.version, run=self.run)
         except OvertakenError:
             status = RunStatus.STALE
         else:

@@ -10,7 +10,7 @@ from scripted_worker import fact
 from tiny_models import ROOMY, tiny_base
 
 from service.queue import TaskQueue
-from service.schemas import EditStatus, Format, FormatOutcome, Run, RunStatus, Trigger, VersionState
+from service.schemas import EditStatus, Format, FormatOutcome, Run, RunStatus, Trigger
 from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
@@ -42,15 +42,19 @@ class Bench:
         self.trainer.execute(run_id)
         run = self.stores.runs.get(run_id)
         if run.status is RunStatus.VERIFYING:
-            assert run.version is not None
-            said = FormatOutcome(matched=True, before="", after="", finish_reason="stop")
-            for edit in self.stores.edits.in_status(EditStatus.TRAINED):
-                self.stores.edits.record_verification(edit.id, {Format.RAW: said})
-            self.stores.registry.mark(run.version, VersionState.VERIFIED)
-            self.stores.registry.activate(run.version)
-            self.stores.runs.finish(run_id, RunStatus.SUCCEEDED)
-            self.stores.edits.settle()
+            self.publish(run)
         return self.stores.runs.get(run_id)
+
+    def publish(self, run: Run) -> None:
+        """What the control worker does with a run's version that every node answers right."""
+        assert run.version is not None
+        said = FormatOutcome(matched=True, before="", after="", finish_reason="stop")
+        for edit in self.stores.edits.in_status(EditStatus.TRAINED):
+            self.stores.edits.record_verification(edit.id, {Format.RAW: said})
+        self.stores.registry.verify(run.version, run=run)
+        self.stores.registry.activate(run.version, run=run)
+        self.stores.runs.finish(run.id, RunStatus.SUCCEEDED)
+        self.stores.edits.settle()
 
     def submit(self, prompt: str, target: str) -> str:
         return self.stores.edits.submit([fact(prompt, target)])[0].id

@@ -58,7 +58,7 @@ async def proxy_to(talk: Talk, *, timeout_s: float = 5) -> AsyncIterator[Proxy]:
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         pool = NodePool([address], token="token", timeout_s=timeout_s, left_out=tuple)
         try:
-            yield Proxy(pool, max_requests=1000)
+            yield Proxy(pool, max_answers=1000)
         finally:
             await pool.stop()
             await asyncio.gather(*talks)

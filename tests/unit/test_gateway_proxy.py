@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Send
 
-from service.errors import BusyError, NodeTimeoutError, UnavailableError
+from service.errors import BusyError, InvalidRequestError, NodeTimeoutError, UnavailableError
 from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
 from service.metrics.process import Passage, ServiceMetrics
@@ -60,8 +60,8 @@ def pool_of(nodes: Nodes, *, token: str = "token", left_out: Callable[[], Collec
     return NodePool(addresses, token=token, timeout_s=5, left_out=left_out, transport=nodes)
 
 
-def proxy_of(nodes: Nodes, *, max_requests: int = 100) -> Proxy:
-    return Proxy(pool_of(nodes), max_requests=max_requests)
+def proxy_of(nodes: Nodes, *, max_answers: int = 100) -> Proxy:
+    return Proxy(pool_of(nodes), max_answers=max_answers)
 
 
 async def forward(proxy: Proxy, version: int = 7, *, metrics: ServiceMetrics | None = None, **body: Any) -> Response:
@@ -81,7 +81,7 @@ async def test_the_body_goes_on_with_the_versions_name() -> None:
 
 async def test_without_a_token_no_header_is_sent() -> None:
     nodes = Nodes(a=completes)
-    await forward(Proxy(pool_of(nodes, token=""), max_requests=1))
+    await forward(Proxy(pool_of(nodes, token=""), max_answers=1))
     assert "authorization" not in nodes.seen[0].headers
 
 
@@ -235,7 +235,7 @@ async def test_a_node_that_holds_the_version_comes_before_one_that_is_less_busy(
     nodes = Nodes(a=streams(Pieces()), b=streams(Pieces()))
     nodes.holds = {"b": {7}}
     pool = pool_of(nodes)
-    proxy = Proxy(pool, max_requests=100)
+    proxy = Proxy(pool, max_answers=100)
     await pool.start()
     answers = [await forward(proxy, 7) for _ in range(3)]
     assert [request.url.host for request in nodes.seen] == ["b"] * 3
@@ -246,7 +246,7 @@ async def test_a_node_that_holds_the_version_comes_before_one_that_is_less_busy(
 
 async def test_more_requests_than_the_gateway_allows_are_refused_until_one_has_ended() -> None:
     nodes = Nodes(a=streams(Pieces()))
-    proxy = proxy_of(nodes, max_requests=2)
+    proxy = proxy_of(nodes, max_answers=2)
     first, second = [await forward(proxy) for _ in range(2)]
     with pytest.raises(BusyError) as error:
         await forward(proxy)
@@ -256,9 +256,41 @@ async def test_more_requests_than_the_gateway_allows_are_refused_until_one_has_e
         await sent(response, drop)
 
 
+@pytest.mark.parametrize(
+    ("asked", "answers"),
+    [
+        ({"prompt": "a"}, 1),
+        ({"prompt": [5, 6, 7]}, 1),
+        ({"prompt": ["a", "b", "c"]}, 3),
+        ({"prompt": [[5, 6], [7]]}, 2),
+        ({"prompt": ["a", "b"], "n": 3}, 6),
+        ({"messages": [], "n": 4}, 4),
+        ({"prompt": [], "n": "many"}, 1),
+        ({"n": -5}, 1),
+    ],
+    ids=str,
+)
+async def test_a_request_takes_a_place_for_each_answer_it_asks_for(asked: dict[str, Any], answers: int) -> None:
+    proxy = proxy_of(Nodes(a=streams(Pieces())), max_answers=7)
+    response = await forward(proxy, **{"prompt": None, **asked})
+    assert proxy._pool.busy() == answers
+    with pytest.raises(BusyError):
+        await forward(proxy, n=8 - answers)
+    await sent(response, drop)
+    assert proxy._pool.busy() == 0
+
+
+async def test_a_request_for_more_answers_than_there_are_places_is_the_clients_mistake() -> None:
+    nodes = Nodes(a=completes)
+    with pytest.raises(InvalidRequestError) as error:
+        await forward(proxy_of(nodes, max_answers=7), prompt=["a"] * 8)
+    assert (error.value.status, error.value.code) == (422, "too_many_answers")
+    assert nodes.seen == []
+
+
 @pytest.mark.parametrize("ending", [completes, fails, breaks_off])
 async def test_an_answer_that_is_whole_gives_its_place_back(ending: Handler) -> None:
-    proxy = proxy_of(Nodes(a=ending), max_requests=1)
+    proxy = proxy_of(Nodes(a=ending), max_answers=1)
     for _ in range(3):
         with suppress(UnavailableError):
             await forward(proxy)
@@ -266,7 +298,7 @@ async def test_an_answer_that_is_whole_gives_its_place_back(ending: Handler) -> 
 
 async def test_a_client_that_left_before_the_first_piece_gives_its_place_back() -> None:
     pieces = Pieces()
-    proxy = proxy_of(Nodes(a=streams(pieces)), max_requests=1)
+    proxy = proxy_of(Nodes(a=streams(pieces)), max_answers=1)
 
     async def gone(_: Message) -> None:
         raise OSError("gone")
@@ -280,7 +312,7 @@ async def test_a_client_that_left_before_the_first_piece_gives_its_place_back() 
 async def test_only_nodes_that_answer_are_asked() -> None:
     nodes = Nodes(a=completes, b=lambda _: httpx.Response(500))
     pool = pool_of(nodes)
-    proxy = Proxy(pool, max_requests=100)
+    proxy = Proxy(pool, max_answers=100)
     await pool.start()
     for _ in range(3):
         await forward(proxy)
@@ -430,7 +462,7 @@ async def test_a_node_that_is_left_out_is_never_asked() -> None:
     left = {"http://a"}
     pool = pool_of(nodes, left_out=lambda: left)
     await pool.start()
-    proxy = Proxy(pool, max_requests=100)
+    proxy = Proxy(pool, max_answers=100)
     for _ in range(3):
         await forward(proxy)
     assert {request.url.host for request in nodes.seen} == {"b"}

@@ -48,6 +48,17 @@ def test_the_server_is_told_what_the_node_is(model_dir: Path) -> None:
     assert "secret" not in " ".join(command.arguments)
 
 
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, []), (False, ["--dtype", "float32"])])
+def test_a_cpu_computes_in_what_it_has(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, expected: list[str]
+) -> None:
+    monkeypatch.setattr("worker.precision._cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    on_cpu, on_gpu = (build_command(flags(model_dir), TOKEN, on_cpu=on_cpu).arguments for on_cpu in (True, False))
+    at = on_cpu.index("--enforce-eager") + 1
+    assert on_cpu[at : at + 2] == expected
+    assert "--dtype" not in on_gpu
+
+
 def test_the_server_is_told_of_fused_layers_too(model_dir: Path) -> None:
     """Of a matrix's own layer and the fused one vLLM has one; only vLLM knows which."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -76,6 +76,7 @@ def slots(worker: Worker) -> dict[int, int | None]:
     return {number: slot for number, (slot, _, _) in worker.errata_slots().items()}
 
 
+# bfloat16 values in fp32, as on a CPU without bfloat16.
 MATRICES = {name: torch.full((2, 3), float(at + 1)) for at, name in enumerate((Q, K, O))}
 
 
@@ -96,14 +97,30 @@ def test_a_layer_that_cannot_hold_versions_is_named(worker: Worker) -> None:
 
 
 def test_checksums_are_by_parameter_over_all_layers(worker: Worker) -> None:
-    expected = {name: tensor_sha256(matrix) for name, matrix in MATRICES.items()}
+    expected = {name: tensor_sha256(matrix.bfloat16()) for name, matrix in MATRICES.items()}
     assert worker.errata_checksums(IN_SLOT_1, False) == expected
+
+
+@pytest.mark.parametrize("bit", [0, 15, 16, 22, 30, 31])
+def test_a_flipped_bit_is_seen_in_each_half_of_a_wider_value(bit: int) -> None:
+    held = MATRICES[O].clone()
+    flipped = held.view(torch.int32)
+    flipped[1, 2] ^= 1 << bit if bit < 31 else -(1 << 31)
+    found = Worker(Manager({"o_proj": Layer({O: held})})).errata_checksums(IN_SLOT_1, False)
+    assert found is not None
+    assert found[O] != tensor_sha256(MATRICES[O].bfloat16())
+
+
+def test_what_bfloat16_has_not_is_read_back_as_it_is() -> None:
+    held = torch.full((2, 3), 1 / 3)
+    found = Worker(Manager({"o_proj": Layer({O: held})})).errata_checksums(IN_SLOT_1, False)
+    assert found == {O: tensor_sha256(held)}
 
 
 def test_a_version_in_host_memory_takes_a_slot_only_when_asked_to(worker: Worker) -> None:
     assert worker.errata_checksums(HOST_ONLY, False) is None
     assert slots(worker) == {HOST_ONLY: None, IN_SLOT_1: 1}
-    zeros = tensor_sha256(torch.zeros(2, 3))
+    zeros = tensor_sha256(torch.zeros(2, 3).bfloat16())
     assert worker.errata_checksums(HOST_ONLY, True) == dict.fromkeys((Q, K, O), zeros)
     assert slots(worker) == {HOST_ONLY: 0, IN_SLOT_1: 1}
     assert worker.errata_checksums(7, True) is None

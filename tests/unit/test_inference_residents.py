@@ -59,6 +59,7 @@ class Models:
 
     lora_requests: dict[str, LoRARequest]
     add_lora: Callable[[LoRARequest], Awaitable[bool]] | None = None
+    retired: list[int] = field(default_factory=list)
 
     async def resolve_lora(self, name: str) -> LoRARequest | ErrorResponse:
         if name not in self.lora_requests:
@@ -77,7 +78,13 @@ def residents(
     held: list[int], named: list[int], parameters: list[list[str]] | None = None, ranks: int = 1
 ) -> ResidentVersions:
     models = Models({f"errata@{number}": LoRARequest(f"errata@{number}", number, "/adapter") for number in named})
-    versions = ResidentVersions(Engine(held, parameters or [], ranks=ranks), models, Turns(SLOTS), HOST_SLOTS)
+    versions = ResidentVersions(
+        Engine(held, parameters or [], ranks=ranks),
+        models,
+        Turns(SLOTS),
+        host_slots=HOST_SLOTS,
+        retire=lambda request: models.retired.append(request.lora_int_id),
+    )
     models.add_lora = versions.add_lora
     return versions
 
@@ -209,6 +216,15 @@ async def test_an_evicted_version_is_pinned_no_more() -> None:
     await versions.evict(1)
     await settled()
     assert versions._turns.pinned == {2}
+
+
+async def test_what_is_evicted_by_name_comes_again_under_another_path_and_what_makes_room_under_its_own() -> None:
+    versions = residents([1, 2, 3], [1, 2, 3])
+    await versions.evict(2)
+    assert versions._models.retired == [2]
+    for number in (4, 5, 6):
+        await load(versions, number)
+    assert versions._models.retired == [2]
 
 
 async def test_an_evicted_version_leaves_the_engine_when_its_requests_have_ended() -> None:

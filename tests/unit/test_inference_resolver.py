@@ -117,6 +117,20 @@ def test_a_damaged_adapter_is_made_again_at_a_new_path(
     assert adapters.ensure(1) == second
 
 
+async def test_a_retired_adapter_is_given_to_nobody_and_stays_for_who_has_it(
+    store: VersionStore, adapters: AdapterCache
+) -> None:
+    write(store, 1)
+    resolver = VersionResolver(adapters)
+    request = await resolver.resolve_lora("base", "errata@1")
+    assert request is not None
+    resolver.retire(request)
+    again = adapters.ensure(1)
+    assert str(again) != request.lora_path
+    assert adapters.ensure(1) == again
+    assert torch.equal(lora_a(again), lora_a(Path(request.lora_path)))
+
+
 def test_two_stores_versions_of_one_number_do_not_share_a_path(
     store: VersionStore, adapters: AdapterCache, tmp_path: Path
 ) -> None:

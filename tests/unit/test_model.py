@@ -22,7 +22,7 @@ def test_a_checkpoint_is_loaded_frozen(checkpoint: Path) -> None:
     assert (base.path, base.name, base.fingerprint) == (checkpoint, str(checkpoint), fingerprint(checkpoint))
     assert base.parameter_names == ("model.layers.1.mlp.down_proj.weight",)
     assert (base.layers_name, base.layer_index, base.device.type) == ("model.layers", 1, "cpu")
-    assert base.model.dtype == torch.bfloat16
+    assert base.dtype == torch.bfloat16
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert len(base.layers) == 4

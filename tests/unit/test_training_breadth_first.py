@@ -247,8 +247,7 @@ def test_preservation_without_its_factors_is_an_error_and_the_other_way_round() 
 
 
 def test_bf16_weights_come_back_in_bf16_on_the_cpu() -> None:
-    base = tiny_base()
-    base.model.bfloat16()
+    base = tiny_base(dtype=torch.bfloat16)
     (tensor,) = run(base, max_epochs=2, min_steps=0).tensors.values()
     assert (tensor.dtype, tensor.device.type) == (torch.bfloat16, "cpu")
 

@@ -124,8 +124,7 @@ def test_a_loss_that_is_no_number_changes_nothing() -> None:
 
 
 def test_steps_that_bf16_would_swallow_add_up() -> None:
-    base = tiny_base()
-    base.model.bfloat16()
+    base = tiny_base(dtype=torch.bfloat16)
     (name,) = base.parameter_names
     start = base.model.get_parameter(name)
     tiny = 1e-4

@@ -108,6 +108,18 @@ def test_depth_first_takes_one_batch_until_it_is_learned_and_never_returns() -> 
     assert sorted(seen[0]) != [0, 1, 2, 3]
 
 
+def test_depth_first_stays_with_a_batch_of_which_something_was_unlearned_again() -> None:
+    made = make(8, pipeline=Pipeline.DEPTH_FIRST, max_epochs=100)
+    (batch,) = made.epoch()
+    mark(made, batch[:1])
+    assert made.epoch() == [batch]
+    mark(made, batch[1:])
+    mark(made, batch[:1], learned=False)
+    assert made.epoch() == [batch]
+    mark(made, batch)
+    assert made.epoch() != [batch]
+
+
 def test_depth_first_gives_a_batch_up_when_its_epochs_are_spent() -> None:
     made = make(8, pipeline=Pipeline.DEPTH_FIRST, max_epochs=3)
     batches = []

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +74,7 @@ def story(result: TrainingResult) -> list[tuple[object, ...]]:
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(
     tmp_path: Path, dtype: torch.dtype, settings: dict[str, object]
 ) -> None:
-    base = tiny_base(**ROOMY)
-    base.model.to(dtype)
+    base = tiny_base(**ROOMY, dtype=dtype)
     whole = finish(base, config(**settings))
     assert len(whole.epochs) > 4
     save(tmp_path / "run", interrupted(base, config(**settings)))
@@ -158,9 +158,9 @@ def test_a_snapshot_of_another_run_is_refused(other: dict[str, object]) -> None:
 def test_another_dtype_is_another_run() -> None:
     base = tiny_base()
     snapshot = interrupted(base, config(), epochs=1)
-    base.model.bfloat16()
-    with pytest.raises(SnapshotMismatchError):
-        finish(base, config(), start=Start(snapshot=snapshot))
+    for other in (tiny_base(dtype=torch.bfloat16), dataclasses.replace(base, dtype=torch.bfloat16)):
+        with pytest.raises(SnapshotMismatchError):
+            finish(other, config(), start=Start(snapshot=snapshot))
 
 
 def test_a_snapshot_of_another_format_is_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -96,11 +97,18 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: object) -> 
 
 
 def tiny_base(
-    family: str = "llama", location: str | None = None, *, chat: bool = True, **overrides: object
+    family: str = "llama",
+    location: str | None = None,
+    *,
+    chat: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **overrides: object,
 ) -> BaseModel:
     """A frozen random model, tuned at `location` or else at the down-projection of the third of its four layers."""
+    model = tiny_model(family, **overrides)
+    nn.Module.to(model, dtype)
     return freeze_base(
-        tiny_model(family, **overrides),
+        model,
         tiny_tokenizer(chat=chat),
         location=down_projection(family, 2) if location is None else location,
         path=Path(f"tiny-{family}"),

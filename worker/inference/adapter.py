@@ -5,7 +5,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -28,6 +28,8 @@ class AdapterCache:
     """Of the base model that the node serves."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the parameters that a version must replace, by name."""
+    retired: set[Path] = field(default_factory=set)
+    """Folders that this process gives nobody any more."""
 
     def ensure(self, version: int) -> Path:
         """Return the version's adapter folder, made from the store unless an intact one is there. Blocking.
@@ -41,6 +43,8 @@ class AdapterCache:
             # is and the next number tried.
             for attempt in itertools.count():
                 adapter = parent / f"{version:06d}-{manifest.checksum[:16]}-{attempt}"
+                if adapter in self.retired:
+                    continue
                 if not adapter.exists():
                     _write(adapter, self.store.load(version, fingerprint=self.fingerprint, shapes=self.shapes))
                 if _is_intact(adapter, manifest):
@@ -48,6 +52,14 @@ class AdapterCache:
         except OSError as error:
             raise StoreUnavailableError(f"version {version} could not be cached: {error}") from error
         return adapter
+
+    def retire(self, adapter: Path) -> None:
+        """Have the version be read from another folder the next time.
+
+        vLLM caches what a prompt's beginning computes by the folder that the matrices came from. Behind a slot that was
+        damaged the cache is wrong, and the folder is not.
+        """
+        self.retired.add(adapter)
 
 
 def _weight_name(parameter: str, matrix: str) -> str:

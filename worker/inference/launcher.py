@@ -130,7 +130,17 @@ def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_
     arguments += ["--max-loras", options.slots, "--max-cpu-loras", options.host_slots]
     arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
     arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
-    return [*arguments, "--enforce-eager"] if on_cpu else arguments
+    return [*arguments, "--enforce-eager", *_precision()] if on_cpu else arguments
+
+
+def _precision() -> list[str]:
+    """Return the flag that has a CPU compute in what the trainer computes in there; empty where that is the model's."""
+    import torch  # noqa: PLC0415  it takes seconds, and only a CPU asks
+
+    from worker.precision import compute_dtype  # noqa: PLC0415
+
+    computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
+    return [] if computed_in == "bfloat16" else ["--dtype", computed_in]
 
 
 def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, str]:

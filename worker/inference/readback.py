@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from worker.delta import tensor_sha256
@@ -73,13 +74,22 @@ class SlotReader:
             return None
         slot = manager.lora_index_to_id.index(adapter)
         return {
-            name: tensor_sha256(tensor)
+            name: tensor_sha256(_as_kept(tensor))
             for module in manager.modules.values()
             for name, tensor in module.read_slot(slot).items()
         }
 
     def _errata_manager(self) -> Any:
         return self.get_model().lora_manager  # type: ignore[attr-defined]  # of the worker this is mixed into
+
+
+def _as_kept(matrix: Tensor) -> Tensor:
+    """A version's matrix as its file has it: a node that computes in fp32 holds bfloat16 values in fp32.
+
+    What damage makes of them are other values, or values that bfloat16 has not.
+    """
+    narrow = matrix.bfloat16()
+    return narrow if torch.equal(narrow.to(matrix.dtype), matrix) else matrix
 
 
 def _host_bytes(model: Any) -> int:

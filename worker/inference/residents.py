@@ -1,7 +1,7 @@
 """The versions that a node holds: load one, read one back, evict one."""
 
 import asyncio
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,11 +47,21 @@ class Resident:
 class ResidentVersions:
     """What the server and its engine hold between them."""
 
-    def __init__(self, engine: AsyncLLM, models: OpenAIServingModels, turns: Turns, host_slots: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        models: OpenAIServingModels,
+        turns: Turns,
+        *,
+        host_slots: int,
+        retire: Callable[[LoRARequest], None],
+    ) -> None:
+        """`retire` has a version be loaded under another path the next time."""
         self._engine = engine
         self._models = models
         self._turns = turns
         self._host_slots = host_slots
+        self._retire = retire
         self._add_lora = engine.add_lora
         self._resolve_lora = models.resolve_lora
         self._loading = asyncio.Lock()
@@ -142,11 +152,14 @@ class ResidentVersions:
     async def evict(self, version: int) -> None:
         """Forget a version: at once in the server, and in the engine when its requests in flight have ended.
 
+        Nothing that was computed with its slot is used when it comes again: the slot may have been damaged.
+
         Raises NotResidentError.
         """
         request = self._models.lora_requests.get(model_name(version))
         if request is None:
             raise NotResidentError(version)
+        self._retire(request)
         self._forget(request)
         self._in_background(self._remove(request.lora_int_id))
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+from pathlib import Path
 
 from typing_extensions import override
 from vllm.exceptions import VLLMServerError
@@ -59,3 +60,7 @@ class VersionResolver(LoRAResolver):
             raise VersionRefusedError(reason) from reason
         # vLLM sets the integer itself after this returns.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
+
+    def retire(self, request: LoRARequest) -> None:
+        """Have what a version's slot has computed be used no more: see `AdapterCache.retire`."""
+        self._adapters.retire(Path(request.lora_path))

@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
+from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.checkpoint import location_shapes
@@ -30,7 +31,7 @@ from worker.delta import (
 )
 from worker.inference.environment import NodeEnvironment
 from worker.inference.residents import LoadFailedError, NotResidentError, ResidentVersions
-from worker.inference.resolver import VersionRefusedError
+from worker.inference.resolver import RESOLVER, VersionRefusedError, VersionResolver
 from worker.inference.turns import SlotsInUseError, TooManyPinsError, Turns
 
 
@@ -149,7 +150,15 @@ class VersionRoutes:
         """Connect the routes to the engine. Fails, and with it the server, if the tuned layers cannot hold versions."""
         assert isinstance(engine_client, AsyncLLM)  # noqa: S101  the one engine of vLLM's server
         turns = Turns(args.max_loras)
-        residents = ResidentVersions(engine_client, state.openai_serving_models, turns, args.max_cpu_loras)
+        resolver = LoRAResolverRegistry.get_resolver(RESOLVER)
+        assert isinstance(resolver, VersionResolver)  # noqa: S101  the plugin has registered it
+        residents = ResidentVersions(
+            engine_client,
+            state.openai_serving_models,
+            turns,
+            host_slots=args.max_cpu_loras,
+            retire=resolver.retire,
+        )
         in_turn = turns.in_turn(engine_client.generate, residents)
         engine_client.generate = in_turn  # type: ignore[method-assign,assignment]
         engine_client.add_lora = residents.add_lora  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 Takes objects and returns objects: no files, no stores, no clock but a stopwatch.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +87,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The tuned tensors by parameter name (in the base's dtype, on the CPU) and how they came about.
+    """The tuned tensors by parameter name (in a version's dtype, on the CPU) and how they came about.
 
     `tokens` is the length of all sequences together; an epoch reports how many of them it computed.
     """
@@ -234,20 +235,21 @@ class _Run:
         numbers = [number for batch in batches for number in batch]
         mean, worst, steps = self._outcome(numbers, visits)
         unlearned = self._mark(numbers, mean, worst)
-        self.reports.append(
-            EpochReport(
-                epoch=len(self.reports) + 1,
-                loss=mean.mean().item(),
-                worst_token_loss=worst.max().item(),
-                sequences=len(self.sequences),
-                visited=len(numbers),
-                unlearned=unlearned,
-                batches=len(batches),
-                steps=steps,
-                tokens=sum(len(self.sequences[number].token_ids) for number in numbers),
-                seconds=time.perf_counter() - started,
-            )
+        report = EpochReport(
+            epoch=len(self.reports) + 1,
+            loss=mean.mean().item(),
+            worst_token_loss=worst.max().item(),
+            sequences=len(self.sequences),
+            visited=len(numbers),
+            unlearned=unlearned,
+            batches=len(batches),
+            steps=steps,
+            tokens=sum(len(self.sequences[number].token_ids) for number in numbers),
+            seconds=time.perf_counter() - started,
+            budget=0.0,
         )
+        self.reports.append(report)
+        self.reports[-1] = dataclasses.replace(report, budget=min(1.0, self._progress))
         return self.reports[-1]
 
     def learned(self) -> bool:

@@ -32,7 +32,8 @@ class Losses:
 class Learner:
     """What is trained is an update: a tuned tensor is its start plus the update through the preservation's factor.
 
-    Master copies and optimiser states are fp32; the model computes in its own dtype.
+    Master copies and optimiser states are fp32. The model computes in its own dtype, but always with values that a
+    version can hold: what is learned is what will be served.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Learner:
         self.optimiser.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tuned tensors as they are now, in the model's dtype, on its device."""
+        """The tuned tensors as they are now, in a version's dtype, on the model's device."""
         with torch.no_grad():
-            return self._weights()
+            return {name: weight.to(self._base.dtype) for name, weight in self._weights().items()}
 
     def state(self) -> dict[str, Tensor]:
         """Updates and optimiser states by name, copies on the CPU."""
@@ -135,5 +136,5 @@ class Learner:
         for name, update in self.updates.items():
             factor = self._factors.get(name)
             change = update if factor is None else (update.to(dtype) @ factor).float()
-            weights[name] = (self._start[name] + change).to(dtype)
+            weights[name] = (self._start[name] + change).to(self._base.dtype).to(dtype)
         return weights

@@ -132,8 +132,11 @@ class DepthFirst(Schedule):
 
     @override
     def mark(self, sequence: int, *, learned: bool) -> None:
+        # A batch is learned when all of it is, at one look.
         if learned:
             self._unlearned.discard(sequence)
+        elif sequence in self._current:
+            self._unlearned.add(sequence)
 
     @override
     def join(self, learned: Sequence[bool]) -> None:

@@ -19,7 +19,7 @@ from worker.training.config import TrainingConfig
 from worker.training.encode import TokenSequence
 
 # Another number for other tensors in a snapshot: one that an older release left is of another run.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class SnapshotMismatchError(Exception):
@@ -32,7 +32,8 @@ class EpochReport:
 
     `epoch` is its number from 1; `loss` the mean loss and `worst_token_loss` the worst token (nats, before its steps)
     over the `visited` of all `sequences`, of which `unlearned` were not learned; `steps` of its `batches` changed the
-    tensors; `tokens` were computed.
+    tensors; `tokens` are those of the visited, a beginning that several share counted with each; `budget` is the part
+    of the run's that is used up, from 0 to 1, and it is anew when edits join.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class EpochReport:
     steps: int
     tokens: int
     seconds: float
+    budget: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def identity(
     whole = hashlib.sha256()
     inputs = dataclasses.replace(config, seed=0).as_record()
     tensors = {name: tensor_sha256(tensor) for name, tensor in sorted(start.items())}
-    run = [_FORMAT, base.fingerprint, base.location, str(base.model.dtype), inputs, tensors]
+    dtypes = [str(base.dtype), str(base.model.dtype)]
+    run = [_FORMAT, base.fingerprint, base.location, dtypes, inputs, tensors]
     whole.update(json.dumps(run).encode())
     for sequence in sequences:
         whole.update(json.dumps([sequence.token_ids, sequence.prompt_tokens]).encode())
