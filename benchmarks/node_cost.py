@@ -26,7 +26,7 @@ from benchmarks.load import Load, ask, free_port, say
 from benchmarks.report import RESULTS, Results, spread, told
 from service.nodes import authorization, version_name
 from worker.delta import VersionStore
-from worker.inference.launcher import BASE_MODEL_NAME
+from worker.inference.launcher import BASE_MODEL_NAME, cpu_precision
 from worker.model import load_base
 from worker.records import version_info
 
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="errata-node-cost-") as scratch:
         folder = Path(scratch)
         _write_versions(options.model, folder / "store", options.versions)
-        with _plain(options.model, folder) as plain, _node(options.model, folder) as node:
+        with plain_vllm(options.model, folder, cpu_precision()) as plain, _node(options.model, folder) as node:
             for concurrency in options.concurrency:
                 for row in _rows(options, concurrency, plain, node):
                     results.add([concurrency, *row])
@@ -105,25 +105,27 @@ def _write_versions(model: Path, folder: Path, count: int) -> None:
 
 
 @contextmanager
-def _plain(model: Path, folder: Path) -> Iterator[Server]:
+def plain_vllm(model: Path, folder: Path, flags: Sequence[str]) -> Iterator[Server]:
+    """vLLM as the node's launcher starts it, but without the plugin."""
     arguments = ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model), "--enforce-eager"]
     arguments += ["--served-model-name", BASE_MODEL_NAME, "--host", "127.0.0.1", "--disable-uvicorn-access-log"]
-    # As the node's launcher sets them, but for the plugin.
+    arguments += flags
     environ = {"VLLM_PLUGINS": "", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with _server(arguments, environ, folder / "plain.log") as server:
-        yield server
+    with server(arguments, environ, folder / "plain.log") as started:
+        yield started
 
 
 @contextmanager
 def _node(model: Path, folder: Path) -> Iterator[Server]:
     arguments = ["-m", "worker.inference.launcher", "--model", str(model), "--store", str(folder / "store")]
     arguments += ["--cache", str(folder / "cache")]
-    with _server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as server:
-        yield server
+    with server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as started:
+        yield started
 
 
 @contextmanager
-def _server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[Server]:
+def server(arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[Server]:
+    """A server that answers; it ends with the block."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as written:

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-evaluate", action="store_true", help="train only; decoding from disk is slow")
     parser.add_argument("--limit", type=_count, metavar="N", help="the first N edits only")
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="what models need once ever; default: cache under --out"
+        "--cache", type=Path, metavar="DIR", help="what models need once ever; default: errata in the user's cache"
     )
     parser.add_argument("--device", type=_device, metavar="D", help="default: CUDA if present")
     parser.add_argument("--device-map", choices=("auto", LOWER_ON_DISK), help="for a model larger than the device")

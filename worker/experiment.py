@@ -76,6 +76,8 @@ def carry_out(experiment: Experiment) -> dict[str, Any] | None:
     usual = config_for(base.model.config.to_dict(), plain=experiment.plain)
     config = dataclasses.replace(usual, **experiment.changes)
     if processes > 1:
+        if base.device.type == "cuda":
+            torch.cuda.set_device(base.device)  # what NCCL and pinned memory go by
         distributed.init_process_group("nccl" if base.device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
     try:
         return _Bench(experiment, base, config).carry_out(rows)
@@ -91,7 +93,7 @@ class _Bench:
         self._experiment = experiment
         self._base = base
         self._config = config
-        self._cache = experiment.cache or experiment.out / "cache"
+        self._cache = experiment.cache or _own_cache()
         self._prefix = PrefixCache(self._cache / "prefix")
         # The seed is part of the name: a snapshot carries its run's, and would go on with it.
         self._snapshot = experiment.out / f"interrupted-{config.seed}.safetensors"
@@ -114,7 +116,8 @@ class _Bench:
     def _train(self, rows: Sequence[EditRow], before: Snapshot | None) -> TrainingResult:
         if before:
             _say(f"going on behind epoch {len(before.reports)} of the run that was interrupted")
-        edits = [TrainingEdit(row.id, row.prompt, row.target, row.paraphrases) for row in rows]
+        paraphrased = not self._experiment.plain  # the paper trains prompts only
+        edits = [TrainingEdit(row.id, row.prompt, row.target, row.paraphrases if paraphrased else ()) for row in rows]
         return train(
             self._base,
             edits,
@@ -184,6 +187,11 @@ class _Bench:
         )
         store.write(info, result.tensors, [_stored(row) for row in rows])
         return self._experiment.out / "versions" / f"{number:06d}"
+
+
+def _own_cache() -> Path:
+    """The user's, so that what models need once ever is there for the next experiment."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "errata"
 
 
 def _measured(metrics: Metrics | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from worker import checkpoint
 from worker.delta import Base, VersionInfo, VersionStore
+from worker.precision import compute_dtype
 
 WHOLE = (0, 1, 2, 6, 7)
 TRUNCATED, WRONG_SHAPE, WRONG_BASE, UNKNOWN = 3, 4, 5, 99
@@ -74,11 +75,14 @@ def distance(first: list[float], second: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def test_version_0_answers_as_the_base_model_to_the_last_digit(node: Node) -> None:
-    assert node.score("errata@0") == node.score("base")
+def test_version_0_answers_as_the_base_model_does(node: Node) -> None:
+    # In bfloat16 to the last digit; the product that vLLM prepares in fp32 adds up in another order.
+    wide = compute_dtype(torch.bfloat16, "cpu") == torch.float32
+    assert node.score("errata@0") == pytest.approx(node.score("base"), rel=0, abs=1e-4 if wide else 0)
     answers = [node.ask(model, max_tokens=32).json()["choices"][0] for model in ("errata@0", "base")]
     assert answers[0]["text"] == answers[1]["text"]
-    assert answers[0]["logprobs"]["token_logprobs"] == answers[1]["logprobs"]["token_logprobs"]
+    first, second = (answer["logprobs"]["token_logprobs"] for answer in answers)
+    assert first == pytest.approx(second, rel=0, abs=1e-4 if wide else 0)
 
 
 def test_versions_answer_in_one_batch_as_they_do_alone(node: Node) -> None:

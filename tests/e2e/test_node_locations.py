@@ -105,6 +105,7 @@ def served(request: pytest.FixtureRequest, all_served: dict[Case, Served]) -> Se
 
 def expected(base: BaseModel, tensors: dict[str, Tensor]) -> list[float]:
     """The log-probabilities of the prompt's tokens but the first, and of the most likely one after it."""
+    tensors = {name: tensor.to(base.model.dtype) for name, tensor in tensors.items()}
     ids = torch.tensor([base.tokenizer(PROMPT).input_ids])
     logits = torch.func.functional_call(base.model, tensors, kwargs={"input_ids": ids}).logits[0].float()
     log_probabilities = logits.log_softmax(-1)
@@ -171,7 +172,7 @@ def test_a_pinned_version_keeps_its_slot_while_the_others_take_turns(served: Ser
 
 def test_memory_is_told_of_by_version(served: Served) -> None:
     base, node = served.base, served.node
-    whole = sum(tensor.nbytes for tensor in base.tuned_tensors().values())
+    whole = sum(tensor.numel() for tensor in base.tuned_tensors().values()) * base.model.dtype.itemsize
     for version in (1, 2):
         node.score(f"errata@{version}")
     for entry in node.resident().values():

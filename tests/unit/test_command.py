@@ -19,8 +19,9 @@ from worker.command import main
 from worker.delta import VersionStore
 from worker.evaluation.answers import ask
 from worker.model import load_base
+from worker.precision import compute_dtype
 from worker.training.config import PLAIN
-from worker.training.encode import TokenSequence
+from worker.training.encode import TokenSequence, TrainingEdit
 from worker.training.learner import Learner, Losses
 from worker.training.snapshot import Snapshot
 
@@ -49,6 +50,11 @@ def edits(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture(autouse=True)
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.evaluation.metrics.locality_prompts", lambda: ("a", "b"))
     monkeypatch.setattr("worker.evaluation.metrics.perplexity", lambda *_: 2.0)
@@ -68,6 +74,31 @@ def train(
         return status, json.loads(out.splitlines()[-1]) if out else {}, err
 
     return run
+
+
+def test_what_a_model_needs_once_ever_is_there_for_the_next_experiment(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "user" / "errata" / "prefix"
+    for out in ("first", "second"):
+        assert train(*QUICK, "--epochs", "1", "--out", str(tmp_path / out))[0] == 0
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["versions"]
+        assert len(list(folder.iterdir())) == 1
+
+
+def test_plain_trains_prompts_only(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, ...]] = []
+    real = experiment.train
+
+    def watched(base: object, edits: Sequence[TrainingEdit], *args: object, **kwargs: object) -> object:
+        trained.append(tuple(paraphrase for edit in edits for paraphrase in edit.paraphrases))
+        return real(base, edits, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "train", watched)
+    options = ("--lr", "0.02", "--epochs", "1", "--device", "cpu", "--no-evaluate")
+    train(*options, "--preserve", "0")
+    train(*options, "--plain")
+    assert trained == [("zwei",), ()]
 
 
 def test_it_trains_writes_a_version_and_says_how_it_went(
@@ -149,7 +180,7 @@ def test_published_files_are_read_as_they_are(
 def test_plain_is_the_papers_setting(train: Callable[..., Any]) -> None:
     _, report, _ = train("--plain", "--epochs", "2", "--device", "cpu", "--no-evaluate")
     assert report["configuration"] == {**PLAIN.as_record(), "max_epochs": 2, "formats": ["raw"]}
-    assert report["dtype"] == "bfloat16"
+    assert report["dtype"] == str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
 
 
 def test_the_options_reach_the_configuration(train: Callable[..., Any]) -> None:
@@ -181,7 +212,7 @@ def test_preservation_is_measured_once_and_kept(
 ) -> None:
     options = ("--lr", "0.02", "--epochs", "1", "--no-evaluate", "--device", "cpu", "--cache", str(tmp_path / "kept"))
     assert train(*options)[1]["configuration"]["preserve"] > 0
-    assert not (tmp_path / "out" / "cache").exists()
+    assert not (tmp_path / "user").exists()
     monkeypatch.delattr("worker.training.preserve.input_covariances")
     assert train(*options)[0] == 0
 

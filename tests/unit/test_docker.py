@@ -68,7 +68,7 @@ def test_each_profile_is_a_whole_errata(services: dict[str, dict[str, Any]], pro
     for service in own.values():
         assert service["build"]["args"] == {"DEVICE": device}
         assert (ROOT / f"requirements/node-{device}.txt").exists()
-    assert own[f"node-{profile}"]["networks"]["default"]["aliases"] == ["node"]
+    assert own[f"node-{profile}"]["networks"]["nodes"]["aliases"] == ["node"]
     for name in ("train", "node"):
         assert ("deploy" in own[f"{name}-{profile}"]) == (profile == "gpu")
 
@@ -86,7 +86,7 @@ def test_compose_sets_nothing_that_the_settings_do_not_know(services: dict[str, 
 
 def test_the_internal_token_has_no_default(services: dict[str, dict[str, Any]]) -> None:
     environments = [service["environment"] for service in services.values() if "environment" in service]
-    tokens = {values["ERRATA_NODE_TOKEN"] for values in environments if "ERRATA_REDIS_URL" in values}
+    tokens = {values["ERRATA_NODE_TOKEN"] for values in environments if "ERRATA_STORE" in values}
     assert len(tokens) == 1
     assert tokens.pop().startswith("${ERRATA_NODE_TOKEN:?")
 
@@ -113,6 +113,15 @@ def test_containers_have_no_privileges_and_declared_volumes(
         assert service["cap_drop"] == ["ALL"], name
         assert service["read_only"] is True, name
         assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(compose["volumes"]), name
+
+
+def test_a_container_that_is_taken_over_reaches_no_more_than_it_uses(services: dict[str, dict[str, Any]]) -> None:
+    on = {name: set(service["networks"]) for name, service in services.items()}
+    assert {name for name in on if "state" not in on[name]} == {"node-cpu", "node-gpu", "prometheus", "grafana"}
+    assert {name for name in on if "nodes" in on[name]} == {"node-cpu", "node-gpu", "control", "service"}
+    assert {name for name in on if "watch" in on[name]} == {"prometheus", "grafana", "service"}
+    for name in ("node-cpu", "node-gpu"):
+        assert "ERRATA_REDIS_URL" not in services[name]["environment"]
 
 
 def test_redis_writes_every_edit_to_disk(services: dict[str, dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_zmq_ipc_path
 
 from worker.checkpoint import UnknownLocationError
-from worker.inference import interfaces, plugin
+from worker.inference import interfaces, plugin, waiting
 from worker.inference.environment import IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.layer import VersionedLayers
 from worker.inference.resolver import VersionResolver
@@ -176,8 +177,33 @@ def test_the_engine_of_a_node_does_not_spin_while_it_waits(
         context.destroy(linger=0)
 
 
-@pytest.mark.parametrize(("process", "on_cpu"), [("EngineCore", False), ("VllmWorker-0", True), ("MainProcess", True)])
-def test_a_worker_and_an_engine_on_a_device_wait_as_vllm_has_them(
+def test_a_worker_spins_between_steps_and_sleeps_when_there_is_nothing_to_do(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, waits = 100.0, []
+
+    def passes(how: str, seconds: float) -> None:
+        nonlocal now
+        waits.append(how)
+        now += seconds
+
+    monkeypatch.setattr(
+        waiting, "time", SimpleNamespace(monotonic=lambda: now, sleep=lambda seconds: passes("sleeps", seconds))
+    )
+    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: passes("spins", 1e-4))
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "VllmWorker-0")
+    become(environment, monkeypatch)
+    plugin.register()
+    for _ in range(2):
+        waits.clear()
+        for _ in range(1000):
+            shm_broadcast.sched_yield()
+        assert waits == ["spins"] * 200 + ["sleeps"] * 800
+        now += 0.01  # it has computed; the next wait is another
+
+
+@pytest.mark.parametrize(("process", "on_cpu"), [("EngineCore", False), ("VllmWorker-0", False), ("MainProcess", True)])
+def test_a_server_and_what_serves_a_device_wait_as_vllm_has_them(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, process: str, on_cpu: bool
 ) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "name", process)

@@ -130,10 +130,10 @@ def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_
     arguments += ["--max-loras", options.slots, "--max-cpu-loras", options.host_slots]
     arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
     arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
-    return [*arguments, "--enforce-eager", *_precision()] if on_cpu else arguments
+    return [*arguments, "--enforce-eager", *cpu_precision()] if on_cpu else arguments
 
 
-def _precision() -> list[str]:
+def cpu_precision() -> list[str]:
     """Return the flag that has a CPU compute in what the trainer computes in there; empty where that is the model's."""
     import torch  # noqa: PLC0415  it takes seconds, and only a CPU asks
 

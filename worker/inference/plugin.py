@@ -8,14 +8,11 @@ import importlib
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from worker.inference import waiting
 from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
-
-# Short against a step of the model, long against a look.
-_BETWEEN_LOOKS_S = 0.0002
 
 
 def register() -> None:
@@ -64,20 +61,21 @@ def _leave_experts_alone() -> None:
 
 
 def _sleep_while_waiting() -> None:
-    """Have the engine of a node on a CPU sleep while its workers compute (record 0030).
+    """Have the engine of a node on a CPU sleep while its workers compute, and a worker while there is nothing to do.
 
-    vLLM's processes spin for a second after each message, so under load the engine takes most of a core, and the cores
-    of a CPU are what computes. A worker waits for moments only, and on a core that is its own.
+    vLLM's processes spin for a second after each message, so under load the engine takes most of a core, and a worker
+    that is asked what it holds every second takes one without any load. The cores of a CPU are what computes.
     """
     from vllm.distributed.device_communicators import shm_broadcast  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
 
-    if current_platform.is_cpu() and multiprocessing.current_process().name.startswith("EngineCore"):
-        shm_broadcast.sched_yield = _sleep  # type: ignore[attr-defined]
-
-
-def _sleep() -> None:
-    time.sleep(_BETWEEN_LOOKS_S)
+    process = multiprocessing.current_process().name
+    if not current_platform.is_cpu():
+        return
+    if process.startswith("EngineCore"):
+        shm_broadcast.sched_yield = waiting.sleeping  # type: ignore[attr-defined]
+    elif process.startswith("VllmWorker"):
+        shm_broadcast.sched_yield = waiting.patient(shm_broadcast.sched_yield)  # type: ignore[attr-defined]
 
 
 def _register_layers(tuned: Collection[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from worker.training.packing import Group, Packing
@@ -140,11 +141,16 @@ class _Attention:
         return self.plain(query, key, value, mask)
 
     def fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """By a fused kernel, which knows no soft cap."""
+        """By a fused kernel, which knows no soft cap.
+
+        Of torch's, cuDNN's prepares itself anew for every shape, and flash attention takes no mask. The one that is
+        left wants as many key heads as heads.
+        """
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (states.repeat_interleave(repeats, dim=2) for states in (key, value))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        said = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True
-        )
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            said = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         return said.transpose(1, 2)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
