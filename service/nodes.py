@@ -13,6 +13,8 @@ from service.settings import Settings
 from service.tracing import outgoing
 
 _CONTROL_TIMEOUT_S = 15.0
+# Less than the 5 s after which the node's server closes a connection, perhaps while a request is on its way.
+_IDLE_S = 2.0
 _ROUTES: Mapping[Format, str] = MappingProxyType({Format.RAW: "/v1/completions", Format.CHAT: "/v1/chat/completions"})
 
 # A model's own generation defaults (Qwen2.5 has a repetition penalty) are no part of a greedy answer.
@@ -77,6 +79,7 @@ class NodeClient:
             base_url=address,
             headers=authorization(token),
             timeout=_CONTROL_TIMEOUT_S,
+            limits=httpx.Limits(keepalive_expiry=_IDLE_S),
             transport=transport,
         )
 

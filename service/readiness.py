@@ -32,6 +32,13 @@ def wait_until_ready(
     Raises:
         NotReadyError: a process dies again and again, the supervisor ended, or it takes too long.
     """
+    with httpx.Client(base_url=url, timeout=5) as http:
+        _wait(http, supervisor, process, say)
+
+
+def _wait(
+    http: httpx.Client, supervisor: Supervisor, process: "subprocess.Popen[bytes]", say: Callable[[str], None]
+) -> None:
     began = time.monotonic()
     told = ""
     pids: dict[str, set[int]] = defaultdict(set)
@@ -42,7 +49,7 @@ def wait_until_ready(
             pids[found.name] |= {found.pid} - {0}
             if len(pids[found.name]) > _MOST_STARTS:
                 raise NotReadyError(f"{found.name} does not start: {_last_line(supervisor.log_file(found.name))}")
-        missing = _missing(url)
+        missing = _missing(http)
         if not missing:
             return
         if missing != told:
@@ -52,10 +59,10 @@ def wait_until_ready(
     raise NotReadyError(f"not ready after {_READY_WITHIN_S:.0f} s, still waiting for {told}; `errata logs` has more")
 
 
-def _missing(url: str) -> str:
+def _missing(http: httpx.Client) -> str:
     """What is not ready yet, in words; empty if all is."""
     try:
-        health = Health.model_validate_json(httpx.get(f"{url}/health/ready", timeout=5).content)
+        health = Health.model_validate_json(http.get("/health/ready").content)
     except (httpx.HTTPError, ValueError):
         return "the service"
     return ", ".join(name.replace("_", " ") for name, check in health.checks.items() if not check.ok)

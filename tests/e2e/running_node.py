@@ -69,6 +69,7 @@ class Node:
                     "worker.inference.launcher",
                     *(str(part) for item in flags.items() for part in item),
                     "--",
+                    "--enable-prompt-tokens-details",
                     "--tensor-parallel-size",
                     str(self.tensor_parallel),
                 ],
@@ -77,7 +78,12 @@ class Node:
                 stderr=log,
                 start_new_session=True,
             )
-        self.client = httpx.Client(base_url=self.address, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
+        self.client = httpx.Client(
+            base_url=self.address,
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=120,
+            limits=httpx.Limits(keepalive_expiry=2),  # before the server closes a connection under a request
+        )
         try:
             self._wait_until_ready()
         except AssertionError:

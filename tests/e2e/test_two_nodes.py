@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from running_node import TOKEN, Node
 from running_stack import RunningStack
 
@@ -21,6 +22,7 @@ from service.client import ErrataClient
 from service.nodes import NodeClient
 from service.schemas import EditStatus, Format, RunStatus, VersionState
 from worker.delta import VersionStore
+from worker.precision import compute_dtype
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -123,7 +125,8 @@ def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) ->
         bases.add(direct.ask(0, PROMPT, Format.RAW, max_tokens=12).text)
         until(lambda node=direct: pinned(node) == {0, version}, within_s=60, what="both versions are pinned")
         for held in direct.held():
-            assert held.device_bytes == held.host_bytes - 2 * 576 == 2 * 576 * 1536
+            width = compute_dtype(torch.bfloat16, "cpu").itemsize
+            assert held.device_bytes == held.host_bytes - width * 576 == width * 576 * 1536
         direct._http.close()
     [base] = bases
     wanted = {"errata": "lyon", f"errata@{version}": "lyon", "errata@0": normalise_answer(base)}
