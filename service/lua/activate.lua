@@ -1,5 +1,5 @@
--- Moves the one pointer, if it still is where the caller saw it, and a run's caller if the run is under way. Whoever says which version is active ends the canary,
--- also by naming the one that is.
+-- Moves the one pointer, if it still is where the caller saw it and, for a run, if that is under way. Whoever says which
+-- version is active ends the canary, also by naming the one that is.
 local active = tonumber(redis.call('HGET', keys.active, 'version'))
 local epoch = tonumber(redis.call('HGET', keys.active, 'epoch') or '0')
 local canary = tonumber(redis.call('HGET', keys.active, 'canary'))
