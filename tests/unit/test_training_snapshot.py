@@ -156,11 +156,14 @@ def test_a_snapshot_of_another_run_is_refused(other: dict[str, object]) -> None:
 
 
 def test_another_dtype_is_another_run() -> None:
-    base = tiny_base()
-    snapshot = interrupted(base, config(), epochs=1)
-    for other in (tiny_base(dtype=torch.bfloat16), dataclasses.replace(base, dtype=torch.bfloat16)):
+    base, prefix = tiny_base(dtype=torch.bfloat16), PrefixCache()
+    start = Start(tensors=base.tuned_tensors())
+    snapshots: list[Snapshot] = []
+    train(base, EDITS, config(max_epochs=2), prefix=prefix, start=start, hooks=Hooks(on_snapshot=kept_in(snapshots)))
+    others = dataclasses.replace(base, dtype=torch.float32), dataclasses.replace(tiny_base(), dtype=torch.bfloat16)
+    for other in others:
         with pytest.raises(SnapshotMismatchError):
-            finish(other, config(), start=Start(snapshot=snapshot))
+            finish(other, config(max_epochs=2), start=dataclasses.replace(start, snapshot=snapshots[0]))
 
 
 def test_a_snapshot_of_another_format_is_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
