@@ -143,6 +143,7 @@ def test_a_worker_that_slept_and_committed_in_time_is_not_taken_over(
     edit = bench.submit("one", "uno")
     finish = stores.runs.finish
     deciding, committed = threading.Event(), threading.Event()
+    node.ready = False  # so that the look does not go on to verify what it does not take over
 
     def late(run_id: str, status: RunStatus, **how: Any) -> bool:
         deciding.set()
