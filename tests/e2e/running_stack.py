@@ -15,7 +15,7 @@ from service.stack import Stack
 
 _UP_TIMEOUT_S = 800
 
-# What the trainer computes of the model once ever, which takes minutes: from the first home that has it.
+# What the trainer computes of the model once ever, which takes minutes: from the first home with the usual settings.
 _COMPUTED_ONCE = Path(tempfile.mkdtemp(prefix="errata-e2e-")) / "prefix"
 atexit.register(shutil.rmtree, _COMPUTED_ONCE.parent, ignore_errors=True)
 
@@ -46,7 +46,7 @@ class RunningStack:
             shutil.copytree(_COMPUTED_ONCE, own)
         done = self.errata("up", "--detach", timeout_s=_UP_TIMEOUT_S)
         assert done.returncode == 0, done.stdout + done.stderr
-        if not _COMPUTED_ONCE.exists():
+        if not self.settings and not _COMPUTED_ONCE.exists():
             shutil.copytree(own, _COMPUTED_ONCE)
 
     def down(self) -> None:
