@@ -166,14 +166,18 @@ class Fleet:
                 self.leave_out(node, trouble)
             else:
                 silent.append((node, trouble))
-        others_serve = len(silent) < len([node for node in answering if node.address not in left_out(self._redis)])
+        self._bear_with(silent, answering)
+        self._measures.tick(self._clock(), held)
+
+    def _bear_with(self, silent: Sequence[tuple[NodeClient, Trouble]], answering: Sequence[NodeClient]) -> None:
+        """Has nodes that do not do what they are asked go on serving: for a while, or as long as no other does."""
+        left = left_out(self._redis)
+        others_serve = len(silent) < len([node for node in answering if node.address not in left])
         for node, trouble in silent:
-            # It goes on serving what it holds, for a while, or as long as nobody else does.
             log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
             judged = self._judged(node, None, trouble)
             if others_serve and isinstance(judged, NodeRefusedError):
                 self.leave_out(node, judged)
-        self._measures.tick(self._clock(), held)
 
     def pin(self, versions: Collection[int]) -> None:
         """Has the serving nodes keep these versions in slots, and no others. What a node cannot keep is told of."""

@@ -84,8 +84,8 @@ class Proxy:
 def _answers(body: Mapping[str, Any]) -> int:
     """How many answers a request asks for. What is no number, or no list, is the node's to refuse."""
     prompt, n = body.get("prompt"), body.get("n")
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)  # numbers are one prompt's tokens
-    prompts = len(prompt) if several and isinstance(prompt, list) else 1
+    # A list of numbers is one prompt's tokens.
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     return prompts * (n if isinstance(n, int) and n > 1 else 1)
 
 
