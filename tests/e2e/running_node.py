@@ -33,6 +33,8 @@ class Node:
     tensor_parallel: int = 1
     core: int = 0
     """Where its only rank computes; several ranks have a core each, as they wait for one another at every layer."""
+    options: tuple[str, ...] = ()
+    """vLLM's, beside Errata's own."""
     port: int = field(init=False, default=0)
     process: subprocess.Popen[bytes] = field(init=False)
     client: httpx.Client = field(init=False)
@@ -72,6 +74,7 @@ class Node:
                     "--enable-prompt-tokens-details",
                     "--tensor-parallel-size",
                     str(self.tensor_parallel),
+                    *self.options,
                 ],
                 env=environ,
                 stdout=log,

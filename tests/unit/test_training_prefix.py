@@ -159,6 +159,16 @@ def test_a_batch_larger_than_the_cache_is_computed_and_not_kept(tmp_path: Path) 
     assert prefix.computed == 4
 
 
+def test_more_than_the_cache_keeps_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, prefix = tiny_base(), PrefixCache(tmp_path, capacity_bytes=1 << 18)
+    prefix.fill(base, SEQUENCES, should_stop=lambda: False)
+    assert not caplog.records
+    prefix.fill(base, SEQUENCES * 2, should_stop=lambda: False)
+    [warning] = caplog.records
+    assert (warning.message, warning.kept_bytes) == ("prefix_cache.too_small", 1 << 17)
+    assert warning.bytes > 1 << 17
+
+
 def test_a_folder_that_cannot_be_written_costs_time_and_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,7 +194,7 @@ def test_a_disk_that_fills_up_costs_time_and_a_warning(
         raise OSError(28, "No space left on device")
 
     base, prefix = tiny_base(), PrefixCache(tmp_path)
-    monkeypatch.setattr("worker.training.prefix._Generations._write", full)
+    monkeypatch.setattr("worker.training.generations.Generations._write", full)
     assert same(hidden(base, prefix), hidden(base, PrefixCache()))
     assert "prefix_cache.not_kept" in caplog.messages
 

@@ -9,16 +9,16 @@ import logging
 import shutil
 import tempfile
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import lmdb
 import torch
 from torch import Tensor
 
 from worker.model import BaseModel
+from worker.training.device_states import DeviceStates, room_bytes
 from worker.training.encode import TokenSequence
+from worker.training.generations import Generations
 from worker.training.packing import Packing, pack, to_device
 from worker.training.resume import hidden_below
 
@@ -28,10 +28,10 @@ DEFAULT_CAPACITY_BYTES = 2 << 30
 
 # Tokens computed together. One number per kind of device, whatever is asked for: a matrix product's last bits depend
 # on its shape, and a cached value must not depend on what it happened to be computed with.
-_CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 _LENGTH_MULTIPLE = 16
-_FILLED_TOGETHER = 512
-_CHECKSUM_BYTES = 4
+# Sequences among which those of one length are computed together; what is missing in the last batch of each is copies.
+_FILLED_TOGETHER = {"cpu": 512, "cuda": 4096}
 
 
 class PrefixCache:
@@ -49,7 +49,8 @@ class PrefixCache:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
         self._half_bytes = max(capacity_bytes // 2, 1 << 16)
-        self._stores: dict[str, _Generations] = {}
+        self._stores: dict[str, Generations] = {}
+        self._on_device: dict[str, DeviceStates] = {}
         self.computed = 0
         """Sequences that were not there and had to be computed."""
 
@@ -69,10 +70,14 @@ class PrefixCache:
 
     def fill(self, base: BaseModel, sequences: Sequence[TokenSequence], should_stop: Callable[[], bool]) -> None:
         """Compute what is not there, in full batches: one by one, most of each batch would be copies."""
-        for start in range(0, len(sequences), _FILLED_TOGETHER):
+        needed = sum(len(sequence.own) for sequence in sequences) * _bytes_per_token(base)
+        if needed > self._half_bytes:
+            log.warning("prefix_cache.too_small", extra={"bytes": needed, "kept_bytes": self._half_bytes})
+        together = _FILLED_TOGETHER.get(base.device.type, 512)
+        for start in range(0, len(sequences), together):
             if should_stop():
                 return
-            self.hidden(base, sequences[start : start + _FILLED_TOGETHER])
+            self.hidden(base, sequences[start : start + together])
 
     def row(self, base: BaseModel, packing: Packing, sequences: Sequence[TokenSequence]) -> Tensor:
         """The input of the tuned layer along a packed row: [tokens, hidden size], on the model's device.
@@ -81,7 +86,7 @@ class PrefixCache:
         """
         ordered = [sequences[index] for index in packing.order]
         heads = [_head(ordered[first]) for first in _firsts(packing)]
-        wanted = self.hidden(base, [*[head for head in heads if head], *ordered])
+        wanted = self._at_hand(base, [*[head for head in heads if head], *ordered])
         shared = iter(wanted[: sum(head is not None for head in heads)])
         own = iter(wanted[sum(head is not None for head in heads) :])
         pieces: list[Tensor] = []
@@ -93,93 +98,19 @@ class PrefixCache:
             pieces.append(pieces[0].new_zeros(padding, pieces[0].shape[1]))
         return to_device(torch.cat(pieces), base.device)
 
-    def _store(self, base: BaseModel) -> "_Generations":
-        identity = f"{base.fingerprint} {base.layers_name} {base.layer_index} {base.model.dtype} {base.device.type}"
-        name = hashlib.sha256(identity.encode()).hexdigest()[:24]
+    def _at_hand(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """The same as `hidden`, on the model's device where that is a GPU with room for it."""
+        name = _name(base)
+        if name not in self._on_device:
+            self._on_device[name] = DeviceStates(base.device, room_bytes(base.device))
+        keys = [_key(sequence) for sequence in sequences]
+        return self._on_device[name].get(keys, lambda wanted: self.hidden(base, [sequences[index] for index in wanted]))
+
+    def _store(self, base: BaseModel) -> Generations:
+        name = _name(base)
         if name not in self._stores:
-            self._stores[name] = _Generations(self._folder / name, self._half_bytes)
+            self._stores[name] = Generations(self._folder / name, self._half_bytes)
         return self._stores[name]
-
-
-class _Generations:
-    """Two LMDB environments: what is used moves to the newer one; when that is full, the older one is dropped."""
-
-    def __init__(self, folder: Path, half_bytes: int) -> None:
-        self._folder = folder
-        self._half_bytes = half_bytes
-        self._environments: list[lmdb.Environment] = []
-        try:
-            self._open_both()
-        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
-            self._start_anew(error)
-        except (lmdb.Error, OSError) as error:
-            self._give_up(error)
-
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        older: dict[bytes, bytes] = {}
-        try:
-            for environment, values in zip(self._environments, (found, older), strict=False):
-                with environment.begin() as transaction:
-                    read = ((key, transaction.get(key)) for key in keys if key not in found)
-                    values.update((key, value[:-_CHECKSUM_BYTES]) for key, value in read if value and _is_whole(value))
-        except lmdb.Error as error:
-            self._start_anew(error)
-        if older:
-            self.put(older)
-        return found | older
-
-    def put(self, values: dict[bytes, bytes]) -> None:
-        if not self._environments or sum(map(len, values.values())) > self._half_bytes // 2:
-            return
-        try:
-            try:
-                self._write(values)
-            except lmdb.MapFullError:
-                self._rotate()
-                self._write(values)
-        except (lmdb.Error, OSError) as error:
-            self._give_up(error)
-
-    def _write(self, values: dict[bytes, bytes]) -> None:
-        with self._environments[0].begin(write=True) as transaction:
-            for key, value in values.items():
-                transaction.put(key, value + _checksum(value))
-
-    def _rotate(self) -> None:
-        for environment in self._environments:
-            environment.close()
-        shutil.rmtree(self._folder / "older", ignore_errors=True)
-        (self._folder / "newer").rename(self._folder / "older")
-        self._open_both()
-
-    def _open_both(self) -> None:
-        self._environments = [self._open("newer"), self._open("older")]
-
-    def _open(self, name: str) -> lmdb.Environment:
-        path = self._folder / name
-        path.mkdir(parents=True, exist_ok=True)
-        environment = lmdb.open(str(path), map_size=self._half_bytes)
-        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        # LMDB maps the file as long as it should be; a read behind its real end would kill the process.
-        if (found := (path / "data.mdb").stat().st_size) < expected:
-            environment.close()
-            raise lmdb.CorruptedError(f"{found} bytes instead of {expected}")
-        return environment
-
-    def _start_anew(self, error: Exception) -> None:
-        log.warning("prefix_cache.damaged", extra={"folder": str(self._folder), "reason": str(error)})
-        for environment in self._environments:
-            environment.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        try:
-            self._open_both()
-        except (lmdb.Error, OSError) as failure:
-            self._give_up(failure)
-
-    def _give_up(self, error: Exception) -> None:
-        log.warning("prefix_cache.not_kept", extra={"folder": str(self._folder), "reason": str(error)})
-        self._environments = []
 
 
 def _tokens_together(base: BaseModel) -> int:
@@ -222,6 +153,15 @@ def _padded(sequence: TokenSequence) -> int:
     return -(-len(sequence.own) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
+def _name(base: BaseModel) -> str:
+    identity = f"{base.fingerprint} {base.layers_name} {base.layer_index} {base.model.dtype} {base.device.type}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:24]
+
+
+def _bytes_per_token(base: BaseModel) -> int:
+    return int(base.model.config.get_text_config().hidden_size) * base.model.dtype.itemsize
+
+
 def _firsts(packing: Packing) -> Iterator[int]:
     first = 0
     for group in packing.groups:
@@ -237,14 +177,6 @@ def _key(sequence: TokenSequence) -> bytes:
     # The head's length is part of it: it decides which tokens the value is of.
     text = f"{sequence.head_tokens}:{','.join(map(str, sequence.token_ids))}"
     return hashlib.sha256(text.encode()).digest()
-
-
-def _checksum(value: bytes) -> bytes:
-    return zlib.crc32(value).to_bytes(_CHECKSUM_BYTES, "big")
-
-
-def _is_whole(value: bytes) -> bool:
-    return value[-_CHECKSUM_BYTES:] == _checksum(value[:-_CHECKSUM_BYTES])
 
 
 def _to_bytes(hidden: Tensor) -> bytes:
