@@ -18,6 +18,7 @@ from worker.training.config import TrainingConfig
 from worker.training.encode import Format, TrainingEdit
 from worker.training.parallel import Alone, DataParallel, Ranks
 from worker.training.prefix import PrefixCache
+from worker.training.preserve import factors
 
 RANKS = 2
 EDITS = [TrainingEdit(f"e{number}", f"{number} is", f"{number * 7 % 10}") for number in range(5)]
@@ -37,7 +38,10 @@ class Found:
 
 def run(edits: Sequence[TrainingEdit], settings: Mapping[str, Any], ranks: Ranks) -> TrainingResult:
     config = TrainingConfig(**{**STEPS, **settings})
-    return train(tiny_base(**ROOMY), edits, config, prefix=PrefixCache(), ranks=ranks)
+    base = tiny_base(**ROOMY)
+    loud = {name: torch.linspace(0, 4, tensor.shape[1]).diag() for name, tensor in base.tuned_tensors().items()}
+    kept_quiet = factors(loud, config.preserve, base.device) if config.preserve else None
+    return train(base, edits, config, prefix=PrefixCache(), factors=kept_quiet, ranks=ranks)
 
 
 def _process(
@@ -67,6 +71,7 @@ def _process(
 JOBS: dict[str, tuple[Sequence[TrainingEdit], Mapping[str, Any]]] = {
     "even": (EDITS, {"batch_size": 4}),
     "odd": (EDITS, {"batch_size": 3}),
+    "preserved": (EDITS, {"batch_size": 4, "preserve": 0.1}),
     "one": (EDITS[:1], {"formats": (Format.RAW,)}),
     "learned": (
         EDITS[:1],
