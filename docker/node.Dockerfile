@@ -12,7 +12,7 @@ RUN /venv/bin/pip install --quiet --no-deps -r requirements/torch-${DEVICE}.txt 
     || /venv/bin/pip install --quiet --no-deps -r requirements/torch-${DEVICE}.txt \
         --extra-index-url https://download.pytorch.org/whl/cpu
 COPY requirements/service.txt requirements/worker.txt requirements/node-${DEVICE}.txt requirements/
-RUN /venv/bin/pip install --quiet --no-deps -r requirements/service.txt -r requirements/worker.txt \
+RUN /venv/bin/pip install --quiet --no-deps --require-hashes -r requirements/service.txt -r requirements/worker.txt \
         -r requirements/node-${DEVICE}.txt
 COPY LICENSE README.md pyproject.toml ./
 COPY service service

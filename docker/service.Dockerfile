@@ -6,7 +6,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python3.11 -m venv /venv
 COPY requirements/service.txt requirements/
-RUN /venv/bin/pip install --quiet --no-deps -r requirements/service.txt
+RUN /venv/bin/pip install --quiet --no-deps --require-hashes -r requirements/service.txt
 COPY LICENSE README.md pyproject.toml ./
 COPY service service
 # pip and the build backend have no business in a server.

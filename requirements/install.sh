@@ -31,7 +31,7 @@ touch .venv/unfinished # a package that was being written when this script died 
 rm -f .venv/stamp
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-names() { sed '/^#/d; s/[= ].*//' "$@" | tr 'A-Z_.' 'a-z--' | sort; }
+names() { sed '/^[# ]/d; s/[= ].*//' "$@" | tr 'A-Z_.' 'a-z--' | sort; }
 
 say "PyTorch for $ERRATA_DEVICE (some 200 MB, CUDA 3 GB; from pip's own indexes first)"
 if ! pip -qq install --no-deps -r "$torch" 2>.venv/log; then
@@ -40,7 +40,7 @@ if ! pip -qq install --no-deps -r "$torch" 2>.venv/log; then
     pip -qq install --no-deps -r "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
 fi
 say "the other $(names "${rest[@]}" | wc -l) packages, vLLM among them: a minute or two"
-pip -qq install --no-deps "${rest[@]/#/--requirement=}"
+pip -qq install --no-deps --require-hashes "${rest[@]/#/--requirement=}"
 strays=$(comm -23 <(pip list --format=freeze 2>.venv/log | names) <(names "$torch" "${rest[@]}") | grep -vx errata || true)
 # shellcheck disable=SC2086  # a list of names
 if [ -n "$strays" ]; then say "removing what is no longer pinned:" $strays && pip -qq uninstall --yes $strays; fi

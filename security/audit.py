@@ -57,8 +57,8 @@ def public_pins(device: str) -> list[str]:
     """Every pin of an environment for `cpu` or `cuda` as PyPI knows it: without a local version such as +cpu."""
     other = {"cpu": "-cuda", "cuda": "-cpu"}[device]
     files = [path for path in (ROOT / "requirements").glob("*.txt") if not path.stem.endswith(other)]
-    lines = {line for path in files for line in path.read_text().splitlines() if line and not line.startswith("#")}
-    return sorted({line.replace("===", "==").partition("+")[0] for line in lines})
+    lines = {line for path in files for line in path.read_text().splitlines() if line and line[0] not in "# "}
+    return sorted({line.replace("===", "==").removesuffix(" \\").partition("+")[0] for line in lines})
 
 
 def advisories(pins: Sequence[str], run: Run) -> tuple[list[Finding], list[str]] | None:

@@ -32,7 +32,7 @@ class Node:
     host_slots: int = HOST_SLOTS
     tensor_parallel: int = 1
     core: int = 0
-    """Where its only rank computes; several ranks have a core each, as they wait for one another at every layer."""
+    """Where its first rank computes; every other has the next, and they share if there are too few."""
     options: tuple[str, ...] = ()
     """vLLM's, beside Errata's own."""
     port: int = field(init=False, default=0)
@@ -55,7 +55,7 @@ class Node:
             "--max-model-len": 512,
             "--port": self.port,
         }
-        cores = range(self.core, self.core + self.tensor_parallel)
+        cores = [(self.core + rank) % (os.cpu_count() or 1) for rank in range(self.tensor_parallel)]
         environ = {
             **os.environ,
             "ERRATA_NODE_TOKEN": TOKEN,

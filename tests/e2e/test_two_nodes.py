@@ -1,4 +1,5 @@
-"""Two real nodes behind one gateway: a version is active when both hold it, and one of them may die.
+"""Two real nodes behind one gateway, the second of them tensor-parallel: a version is active when both hold it, and one
+of them may die.
 
 The tests share the nodes and run in file order.
 """
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.timeout(900)
 
 PROMPT, TARGET = "The capital of France is", "Lyon"
 LIVE_WITHIN_S = 300.0
+HEADS = 3  # for keys and values; vLLM deals them out evenly
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Two:
 def two(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     store = tmp_path_factory.mktemp("shared")
     nodes = []
-    for core, name in enumerate(("first", "second")):
-        folder = tmp_path_factory.mktemp(name)
+    for core, ranks in enumerate((1, HEADS)):
+        folder = tmp_path_factory.mktemp("node")
         (folder / "store").symlink_to(store)
-        nodes.append(Node(default_model, folder, VersionStore(str(store)), slots=4, host_slots=8, core=core))
+        versions = VersionStore(str(store))
+        nodes.append(Node(default_model, folder, versions, slots=4, host_slots=8, core=core, tensor_parallel=ranks))
     stack = None
     try:
         with ThreadPoolExecutor() as pool:

@@ -149,8 +149,15 @@ def test_dockerfiles_pin_their_base_and_drop_root(dockerfile: Path) -> None:
 
 def pins(name: str) -> dict[str, Requirement]:
     lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
-    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    parsed = [Requirement(line.removesuffix(" \\")) for line in lines if line and line[0] not in "# "]
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def test_every_pin_names_the_wheels_that_it_may_be() -> None:
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        pinned = re.split(r"\n(?=\w)", path.read_text())[1:]
+        bare = [pin for pin in pinned if not re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?", pin)]
+        assert bare == (pinned if path.stem == "torch-cpu" else []), path.name
 
 
 def test_the_service_image_pins_no_model_runtime() -> None:
