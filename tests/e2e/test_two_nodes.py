@@ -119,6 +119,7 @@ def test_a_version_is_active_only_when_both_nodes_hold_it(two: Two) -> None:
 def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) -> None:
     version = verified(two)
     bases = set()
+    matrix = compute_dtype(torch.bfloat16, "cpu").itemsize * 576 * 1536
     for node in two.nodes:
         direct = NodeClient(node.address, token=TOKEN, timeout_s=120)
         for form in Format:
@@ -128,8 +129,9 @@ def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) ->
         bases.add(direct.ask(0, PROMPT, Format.RAW, max_tokens=12).text)
         until(lambda node=direct: pinned(node) == {0, version}, within_s=60, what="both versions are pinned")
         for held in direct.held():
-            width = compute_dtype(torch.bfloat16, "cpu").itemsize
-            assert held.device_bytes == held.host_bytes - width * 576 == width * 576 * 1536
+            # The ranks share out the matrix; on the host each has the whole, and of the adapter's B a column.
+            assert held.device_bytes == matrix
+            assert held.host_bytes == node.tensor_parallel * (matrix + matrix // 1536)
         direct._http.close()
     [base] = bases
     wanted = {"errata": "lyon", f"errata@{version}": "lyon", "errata@0": normalise_answer(base)}
