@@ -105,7 +105,9 @@ class Node:
         self._wait_until_gone()
 
     def end(self) -> None:
-        """Kill what there is of it."""
+        """Kill what there is of it; nothing, if it was never started."""
+        if not hasattr(self, "process"):
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self._wait_until_gone()
