@@ -107,13 +107,13 @@ def test_a_process_that_is_no_node_is_left_alone(monkeypatch: pytest.MonkeyPatch
 
 
 SERVER = """
-import multiprocessing, time
+import multiprocessing
 from worker.inference import plugin
 
 def engine():
     plugin._end_with_the_server()
     print("began", flush=True)
-    time.sleep(60)
+    sum(range(10**15))  # no other thread gets its turn meanwhile
 
 process = multiprocessing.get_context("fork").Process(target=engine)
 process.start()

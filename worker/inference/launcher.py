@@ -32,7 +32,7 @@ class Command:
 def main() -> None:
     """Replace this process by the server. SIGTERM then stops the server and its engine.
 
-    SIGKILL must go to the process group: the engine outlives a server that was killed alone.
+    Every process of the node ends with the server, however that ends (worker.inference.plugin).
     """
     logging.basicConfig(level=logging.INFO)  # says what `auto` chose
     try:

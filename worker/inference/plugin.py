@@ -4,15 +4,18 @@ Only the standard library is imported at the top: vLLM logs and goes on when a p
 without its plugin must not serve. What fails inside `register` stops the process.
 """
 
+import ctypes
 import importlib
 import multiprocessing
 import os
-import threading
+import signal
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from worker.inference import waiting
 from worker.inference.environment import LOCATION_VARIABLE, NodeEnvironment
+
+_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
@@ -39,14 +42,17 @@ def register() -> None:
 
 
 def _end_with_the_server() -> None:
-    """Have a process that the server began end when the server is killed, as its own successor needs the memory."""
-    if server := multiprocessing.parent_process():
+    """Have the kernel kill a process that vLLM began when what began it ends: its successor needs the memory.
 
-        def end_behind() -> None:
-            server.join()
+    No thread of the process's own would do: a worker that waits for the other ranks can keep the interpreter's lock.
+    See prctl(2), PR_SET_PDEATHSIG. vLLM begins its processes in main threads, which end last.
+    """
+    if parent := multiprocessing.parent_process():
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+            raise OSError(ctypes.get_errno(), "prctl")
+        if os.getppid() != parent.pid:  # it ended before the kernel was told
             os._exit(1)
-
-        threading.Thread(target=end_behind, name="errata-orphaned", daemon=True).start()
 
 
 def _leave_experts_alone() -> None:
