@@ -12,7 +12,7 @@ this table only. The slice is one of characters, so models with different tokeni
 import bz2
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,13 +27,13 @@ WINDOW_TOKENS = 512
 _VERBALIZERS = ("negative", "positive")
 
 
-def capability_tasks(folder: Path) -> tuple[Task, ...]:
-    """WikiText-2, LAMBADA, HellaSwag and SST-2, the last three as the same 500 rows each time.
+def capability_tasks(folder: Path, names: Sequence[str] = ()) -> tuple[Task, ...]:
+    """The named tasks, by default WikiText-2, LAMBADA, HellaSwag and SST-2; the last three 500 rows each, always the same.
 
     Raises:
         OSError: a file is missing; ValueError: it is not what it should be.
     """
-    return (wikitext(folder), lambada(folder), hellaswag(folder), sst2(folder))
+    return tuple(TASKS[name](folder) for name in names or TASKS)
 
 
 def wikitext(folder: Path) -> TextTask:
@@ -65,6 +65,15 @@ def sst2(folder: Path) -> ChoiceTask:
     question = "{}\nQuestion: Is this sentence positive or negative?\nAnswer:"
     choices = [Choice(question.format(sentence.strip()), _VERBALIZERS, int(label)) for sentence, label in rows]
     return ChoiceTask("SST-2", tuple(choices))
+
+
+TASKS: Mapping[str, Callable[[Path], Task]] = {
+    "WikiText-2": wikitext,
+    "LAMBADA": lambada,
+    "HellaSwag": hellaswag,
+    "SST-2": sst2,
+}
+"""What reads each task, by the task's name."""
 
 
 def _slice(rows: Sequence[T]) -> list[T]:

@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.frontier --model FOLDER --edits zsre.json --edits counterfact.json --data FOLDER
         [--counts 20 100 1000] [--preserve 0 0.1] [--lrs 1e-2] [--batches 20] [--locations auto] [--plain [LR ...]]
+        [--tasks WikiText-2 LAMBADA]
 
 Every combination of the options is a configuration, and its edits are trained and asked raw and as chat. A row's
 capability is told against the base's, which is measured first in the same run; `--data` is the folder that
@@ -20,7 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from benchmarks.bench import QUALITY, Bench, edit_pool, forget_peak, open_bench, parser, peak_rss_bytes, quality, sample
-from benchmarks.datasets import capability_tasks
+from benchmarks.datasets import TASKS, capability_tasks
 from benchmarks.report import Results, progress, spread, told, write_plot
 from worker.edit_files import EditRow
 from worker.evaluation.capability import Measure, Task, TextTask, measure
@@ -51,7 +52,7 @@ def main() -> None:
     """Run every configuration that the command line asks for."""
     options = _parser().parse_args()
     pool = edit_pool(options.edits, max(options.counts) * options.repeats)
-    tasks = capability_tasks(options.data)
+    tasks = capability_tasks(options.data, options.tasks)
     results = Results(
         options.out,
         "Configurations of the trainer",
@@ -176,6 +177,7 @@ def _repetition(repeats: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     options = parser("frontier", one_location=False)
     options.add_argument("--data", type=Path, required=True, help="folder of the data sets: see benchmarks/datasets.py")
+    options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="measures of capability")
     options.add_argument("--counts", type=int, nargs="+", default=[20, 100, 1000], help="sizes of the edit set")
     options.add_argument("--locations", nargs="+", default=["auto"], help="tuned locations")
     options.add_argument("--lrs", type=float, nargs="+", help="learning rates")

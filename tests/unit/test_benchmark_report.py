@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.datasets import ROWS, capability_tasks, hellaswag
+from benchmarks.datasets import ROWS, TASKS, capability_tasks, hellaswag
 from benchmarks.report import Machine, Results, markdown_table, spread, told, write_plot
 from worker.evaluation.capability import Choice
 
@@ -33,6 +33,13 @@ def test_tasks_are_the_same_500_rows_each_time(data: Path) -> None:
     number = int(film.context.split()[1])
     assert film.context == f"film {number}\nQuestion: Is this sentence positive or negative?\nAnswer:"
     assert film.endings[film.right] == ("negative", "positive")[number % 2]
+
+
+def test_named_tasks_alone_are_read(data: Path) -> None:
+    assert [task.name for task in capability_tasks(data)] == list(TASKS)
+    (data / "lambada_test.jsonl").unlink()
+    films, text = capability_tasks(data, ["SST-2", "WikiText-2"])
+    assert (films.name, text.name) == ("SST-2", "WikiText-2")
 
 
 def test_a_cut_file_is_an_error(data: Path) -> None:
