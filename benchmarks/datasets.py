@@ -28,7 +28,7 @@ _VERBALIZERS = ("negative", "positive")
 
 
 def capability_tasks(folder: Path, names: Sequence[str] = ()) -> tuple[Task, ...]:
-    """The named tasks, by default WikiText-2, LAMBADA, HellaSwag and SST-2; the last three 500 rows each, always the same.
+    """The named tasks, by default WikiText-2, LAMBADA, HellaSwag and SST-2; the last three as 500 rows.
 
     Raises:
         OSError: a file is missing; ValueError: it is not what it should be.

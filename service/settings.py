@@ -93,6 +93,11 @@ class Settings(BaseModel):
     train_preserve: float | None = Field(
         default=None, ge=0, description="Strength of preservation, 0 for none; empty: measured default"
     )
+    train_decay: float | None = Field(
+        default=None,
+        ge=0,
+        description="Share of the update that a pass takes back, 0 for none; empty: measured default",
+    )
     train_random_prefixes: int | None = Field(
         default=None, ge=0, description="Copies of each prompt trained behind random words; empty: none"
     )

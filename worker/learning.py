@@ -123,6 +123,7 @@ class Learning:
             "batch_size": self.settings.train_batch_size,
             "max_epochs": self.settings.train_max_epochs,
             "preserve": self.settings.train_preserve,
+            "decay": self.settings.train_decay,
             "random_prefixes": self.settings.train_random_prefixes,
         }
         given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_bench import Bench, make_bench
+from training_bench import TRAINING, Bench, make_bench
 
 from service.queue import TaskQueue
 from service.schemas import EditError, EditStatus, RunStatus
@@ -226,6 +226,15 @@ def test_a_warm_run_of_the_papers_settings_judges_each_new_edit_by_itself(
     assert manifest["stopped"] == "learned"
     assert manifest["epochs"][-1]["unlearned"] == 0
     assert manifest["configuration"]["skip_learned"]
+
+
+def test_what_the_settings_say_of_training_is_done(bench: Bench) -> None:
+    bench.trainer.settings.__dict__ |= {"train_decay": 0.0, "train_random_prefixes": 1}
+    bench.submit("one", "uno")
+    configuration = bench.manifest_of(bench.run())["configuration"]
+    assert configuration["decay"] == 0
+    assert configuration["random_prefixes"] == 1
+    assert configuration["max_epochs"] == TRAINING["train_max_epochs"]
 
 
 def test_a_rejected_run_leaves_nothing_to_go_on_from(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
