@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     base = load_base(options.model, options.location)
     tasks = capability_tasks(options.data)
-    versions = {"base": base.tuned_tensors()} | {path.name: _read_delta(path, base) for path in options.delta}
+    versions = {"base": base.tuned_tensors()} | {path.name: read_delta(path, base) for path in options.delta}
     prefix = PrefixCache(capacity_bytes=PREFIX_BYTES)
     rows = [[name, *_row(base, tensors, prefix, tasks)] for name, tensors in versions.items()]
     columns = ["version", *(column for task in tasks for column in _columns(task)), "s"]
@@ -80,7 +80,8 @@ def _with_error(kind: Measure, value: float, items: int) -> str:
     return f"{value:.3f} ± {math.sqrt(value * (1 - value) / items):.3f}"
 
 
-def _read_delta(path: Path, base: BaseModel) -> dict[str, Tensor]:
+def read_delta(path: Path, base: BaseModel) -> dict[str, Tensor]:
+    """A delta's tensors by parameter name. Raises SystemExit if it replaces others than the base's tuned ones."""
     file = path / "delta.safetensors" if path.is_dir() else path
     tensors = safetensors.torch.load_file(file)
     expected = {name: tensor.shape for name, tensor in base.tuned_tensors().items()}

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from tiny_models import ROOMY, tiny_base, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablations, calibration_text, chain, contention, frontier, gpu, scale, speed
+from benchmarks import ablations, calibration_text, chain, contention, frontier, gpu, harm, scale, speed
 from benchmarks.bench import QUALITY, Bench, edit_pool, quality, sample
 from worker.edit_files import EditRow
 from worker.evaluation.capability import Choice, ChoiceTask, TextTask
@@ -104,6 +104,16 @@ def test_a_run_is_compared_with_the_base(bench: Bench, tmp_path: Path) -> None:
     perplexity, reliability = outcome.point("reliability")
     assert perplexity == outcome.values[QUALITY.index("perplexity ratio")]
     assert reliability == sum(value or 0 for value in outcome.values[:2]) / 2
+
+
+def test_the_harm_is_shared_out_by_how_often_a_token_is_known() -> None:
+    lost = torch.tensor([3.0, 1.0, -1.0, 2.0, 5.0], dtype=torch.float64)
+    rows = harm.shares(lost, torch.tensor([0, 2, 3, 129, 0]))
+    never, once, more, *between, most = rows
+    assert never == ("never", 0.4, 0.8, 4.0)
+    assert (once[3], more[3], most[3]) == (1.0, -1.0, 2.0)
+    assert all(share == 0 for _, share, _, _ in between)
+    assert sum(share for _, _, share, _ in rows) == pytest.approx(1)
 
 
 def test_a_relative_distance() -> None:

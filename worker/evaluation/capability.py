@@ -113,7 +113,7 @@ def perplexity(base: BaseModel, tensors: Mapping[str, Tensor], prefix: PrefixCac
 def _items(base: BaseModel, task: Task) -> list[list[TokenSequence]]:
     match task:
         case TextTask():
-            return [[window] for text in task.texts for window in _windows(base, text, task.window_tokens)]
+            return [[window] for text in task.texts for window in windows(base, text, task.window_tokens)]
         case ChoiceTask():
             return [[_continuation(base, it.context, ending) for ending in it.endings] for it in task.choices]
         case LastWordTask():
@@ -121,16 +121,20 @@ def _items(base: BaseModel, task: Task) -> list[list[TokenSequence]]:
             return [[_continuation(base, context, word)] for context, _, word in parted]
 
 
-def _windows(base: BaseModel, text: str, window_tokens: int) -> list[TokenSequence]:
+def windows(base: BaseModel, text: str, window_tokens: int) -> list[TokenSequence]:
+    """A text's windows of so many tokens; all of a window but what the model is given first is to be predicted.
+
+    Raises ValueError if a window has no room for a token to predict.
+    """
     beginning = tuple(base.tokenizer("").input_ids)
     # Not verbose: the whole text is longer than the model's context, which the tokenizer would warn of.
     ids = tuple(base.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     step = window_tokens - len(beginning)
     if step < 1 or window_tokens < 2:
         raise ValueError(f"a window of {window_tokens} tokens has no room to predict one")
-    windows = [(*beginning, *ids[start : start + step]) for start in range(0, len(ids), step)]
+    parts = [(*beginning, *ids[start : start + step]) for start in range(0, len(ids), step)]
     given = max(len(beginning), 1)
-    return [TokenSequence(window, given) for window in windows if len(window) > given]
+    return [TokenSequence(part, given) for part in parts if len(part) > given]
 
 
 def _continuation(base: BaseModel, context: str, text: str) -> TokenSequence:
