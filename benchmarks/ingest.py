@@ -133,7 +133,7 @@ def _running() -> Iterator[Settings]:
             queue_max_edits=10_000_000,
         )
         _, control = programs.workers(settings)
-        started = [programs.redis(Path(home, "redis"), redis_port, password), control, programs.service(settings)]
+        started = [programs.redis(Path(home, "redis"), redis_port, password), control, programs.service()]
         supervisor = Supervisor(Path(home), free_port(), password)
         process = supervisor.start(started, {**settings.environment(), "ERRATA_REDIS_URL": settings.redis_url})
         try:

@@ -19,9 +19,9 @@ FROM ${BASE}
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin errata \
     && install --directory --owner=errata --group=errata /models
 COPY --from=build /venv /venv
-# What the command below listens on: the service asks for keys because of it.
+# The command below listens on it, port 8000, and asks for keys because of it.
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 ERRATA_HOST=0.0.0.0
 USER 10001
 WORKDIR /tmp
 EXPOSE 8000
-CMD ["uvicorn", "--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["python", "-m", "service.server"]

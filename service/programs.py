@@ -33,12 +33,9 @@ def workers(settings: Settings) -> list[Program]:
     ]
 
 
-def service(settings: Settings) -> Program:
+def service() -> Program:
     """The API and the gateway."""
-    command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", "--no-access-log"]
-    address = ["--host", settings.host, "--port", str(settings.port)]
-    grace = ["--timeout-graceful-shutdown", str(settings.shutdown_grace_s)]
-    return Program("service", [*command, *address, *grace], priority=40)
+    return Program("service", [sys.executable, "-m", "service.server"], priority=40)
 
 
 def node(port: int, cache: Path) -> Program:

@@ -183,7 +183,7 @@ class Stack:
             secrets=kept,
         )
         self._write(record)
-        started = [*programs.workers(effective), programs.service(effective)]
+        started = [*programs.workers(effective), programs.service()]
         if not settings.redis_url:
             started.append(programs.redis(self._home / "redis", redis_port, kept["SUPERVISOR_PASSWORD"]))
         if not settings.nodes:

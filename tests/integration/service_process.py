@@ -10,6 +10,7 @@ import httpx
 import uvicorn
 
 from service.app import create_app
+from service.server import protocol
 from service.settings import Settings
 
 
@@ -21,7 +22,15 @@ def serving(settings: Settings) -> Iterator[str]:
     app = create_app(settings)
     root.handlers[:], root.level = handlers, level
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            http=protocol(settings),
+            log_config=None,
+            lifespan="on",
+            timeout_graceful_shutdown=1,
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -255,9 +255,9 @@ def test_on_another_address_there_must_be_a_key(module_settings: Settings, store
 
 def test_the_server_itself_does_not_start_without_a_key(redis_server: RedisServer, stores: Stores) -> None:
     environment = {**os.environ, "ERRATA_REDIS_URL": redis_server.url, "ERRATA_HOST": "0.0.0.0"}
-    words = ["--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", str(free_port())]
+    environment["ERRATA_PORT"] = str(free_port())
     ended = subprocess.run(
-        [sys.executable, "-m", "uvicorn", *words],
+        [sys.executable, "-m", "service.server"],
         env=environment,
         capture_output=True,
         text=True,

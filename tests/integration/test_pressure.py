@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -209,6 +209,64 @@ def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
                 assert client.recv(4096).startswith(b"HTTP/1.1 408 "), path
 
 
+def test_headers_that_do_not_end_are_given_up(pressed: Settings) -> None:
+    """The first request's, those behind an answer, and those that come byte by byte."""
+    with serving(pressed) as url:
+        for begun in (b"", b"GET /health/live HTTP/1.1\r\nhost: a\r\n\r\n"):
+            with connection(url) as client:
+                client.settimeout(20)
+                client.sendall(begun)
+                answer, deadline = b"", time.monotonic() + 20
+                while begun and not answer.endswith(b'{"status":"ok"}'):
+                    answer += client.recv(4096)
+                client.sendall(b"GET /health/live HTTP/1.1\r\nhost: ")
+                client.settimeout(0.1)
+                answer = b""
+                while not answer:
+                    assert time.monotonic() < deadline
+                    client.sendall(b"a")
+                    with suppress(TimeoutError):
+                        answer = client.recv(4096)
+                assert answer.startswith(b"HTTP/1.1 408 ")
+                assert answer.endswith(b"\r\n\r\n")
+        with connection(url) as silent:
+            silent.settimeout(20)
+            assert silent.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_endless_headers_are_refused(pressed: Settings) -> None:
+    with serving(pressed.model_copy(update={"client_timeout_s": 60})) as url, connection(url) as client:
+        client.settimeout(20)
+        client.sendall(b"GET /health/live HTTP/1.1\r\nx: ")
+        # Nothing of it is a whole header, so that only what is kept of it can be counted.
+        with suppress(OSError):
+            for _ in range(1000):
+                client.sendall(b"a" * 4096)
+                time.sleep(0.001)
+        assert client.recv(4096).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_long_body_in_time_and_a_slow_answer_are_no_slow_headers(pressed: Settings, endless: EndlessNode) -> None:
+    endless.every_s = 0.2
+    patience_s = 1.0
+    settings = pressed.model_copy(update={"client_timeout_s": patience_s})
+    with serving(settings) as url, connection(url) as client:
+        client.settimeout(20)
+        body = b'{"model": "errata", "prompt": "a", "stream": true}'
+        client.sendall(request("/v1/completions", b"", length=len(body)))
+        for byte in range(0, len(body), 10):
+            time.sleep(patience_s / 4)
+            client.sendall(body[byte : byte + 10])
+        began, answer = time.monotonic(), b""
+        while time.monotonic() < began + 2 * patience_s:
+            answer += client.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.count(b"piece") > 3
+        endless.end.set()
+        while b"[DONE]" not in answer:
+            answer += client.recv(4096)
+
+
 def test_a_service_that_is_told_to_stop_ends_its_streams_first(
     pressed: Settings, endless: EndlessNode, tmp_path: Path, stores: Stores
 ) -> None:
@@ -246,7 +304,7 @@ def started(settings: Settings, folder: Path) -> Iterator[tuple[str, "subprocess
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     url = f"http://127.0.0.1:{settings.port}"
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(programs.service(settings).command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(programs.service().command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 40
         while True:

@@ -88,7 +88,7 @@ def test_a_process_has_no_secret_that_it_does_not_need(tmp_path: Path) -> None:
 
 def test_who_has_which_secret(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    started = [*programs.workers(settings), programs.service(settings), programs.node(1, tmp_path)]
+    started = [*programs.workers(settings), programs.service(), programs.node(1, tmp_path)]
     withheld = {
         program.name: set(program.withheld) for program in [*started, programs.redis(tmp_path / "redis", 1, "p")]
     }

@@ -105,7 +105,7 @@ def act(environment: dict[str, str], home: Path, stores: Stores) -> None:
     port = free_port()
     settings = Settings(home=home, port=port)
     with ExitStack() as processes:
-        for program in (*programs.workers(settings), programs.service(settings)):
+        for program in (*programs.workers(settings), programs.service()):
             processes.enter_context(running(program.command, environment, home / f"{program.name}.log"))
         eventually(lambda: bool(stores.runs.workers(within_s=60)), home)
         headers = {"authorization": f"Bearer {KEY}", "baggage": "secret=luggage", "tracestate": "secret=state"}

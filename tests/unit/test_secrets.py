@@ -40,7 +40,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     chosen = settings(tmp_path)
     seen.programs = [
         *programs.workers(chosen),
-        programs.service(chosen),
+        programs.service(),
         programs.node(8001, tmp_path / "cache"),
         programs.redis(tmp_path / "redis", 6379, PASSWORD),
     ]
