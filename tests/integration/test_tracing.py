@@ -104,6 +104,7 @@ def act(environment: dict[str, str], home: Path, stores: Stores) -> None:
     """Starts the processes, submits two edits and waits until they are live, asks the gateway; stops the processes."""
     port = free_port()
     settings = Settings(home=home, port=port)
+    environment = environment | {"ERRATA_PORT": str(port)}
     with ExitStack() as processes:
         for program in (*programs.workers(settings), programs.service()):
             processes.enter_context(running(program.command, environment, home / f"{program.name}.log"))

@@ -97,13 +97,16 @@ def test_the_operators_key_has_no_default_and_only_the_service_has_it(services: 
     assert keys["service"].startswith("${ERRATA_API_KEY:?")
 
 
-def test_the_images_setting_is_the_address_that_it_listens_on() -> None:
+def test_the_service_listens_on_the_port_that_is_published(services: dict[str, dict[str, Any]]) -> None:
     dockerfile = (ROOT / "docker/service.Dockerfile").read_text()
-    setting = re.search(r"ERRATA_HOST=(\S+)", dockerfile)
-    command = re.search(r'"--host", "([^"]+)"', dockerfile)
-    assert setting is not None
-    assert command is not None
-    assert setting.group(1) == command.group(1)
+    assert 'CMD ["python", "-m", "service.server"]' in dockerfile
+    [port] = re.findall(r"EXPOSE (\d+)", dockerfile)
+    assert int(port) == Settings().port
+    assert "ERRATA_HOST=0.0.0.0" in dockerfile
+    service = services["service"]
+    assert service["environment"]["ERRATA_HOST"] == "0.0.0.0"
+    assert service["environment"]["ERRATA_PORT"] == port
+    assert service["ports"] == [f"${{ERRATA_PORT:-8000}}:{port}"]
 
 
 def test_containers_have_no_privileges_and_declared_volumes(
