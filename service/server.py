@@ -45,13 +45,14 @@ def protocol(settings: Settings) -> type["BoundedHeaders"]:
 class BoundedHeaders(HttpToolsProtocol):
     """Closes a connection whose next request's headers are not whole in time, or too long.
 
-    The time runs from the connection's beginning, or from the first byte behind an answer; a body's parts have a time
+    The time runs from the connection's beginning, or from the first byte behind a request; a body's parts have a time
     of their own (`service.api.middleware.ClientPace`).
     """
 
     timeout_s: ClassVar[float]
     _due: asyncio.TimerHandle | None = None
     _received = 0
+    _in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called once."""
@@ -60,7 +61,7 @@ class BoundedHeaders(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Called with what the client sent."""
-        if not self._due and (not self.cycle or self.cycle.response_complete):
+        if not self._due and not self._in_body:
             self._expect_headers()
         self._received += len(data)
         super().data_received(data)
@@ -70,7 +71,13 @@ class BoundedHeaders(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._stop_waiting()
+        self._in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Called by the parser, behind the body if there is one."""
+        self._in_body = False
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called once."""
