@@ -191,8 +191,10 @@ class TestEdits:
     def test_long_poll_answers_at_the_change(self, api: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
         edit_id = submitted(api, "a", "1")
         began = time.monotonic()
-        threading.Timer(0.3, worker.begin).start()
+        timer = threading.Timer(0.3, worker.begin)
+        timer.start()
         state = api.get(f"/edits/{edit_id}/status", params={"wait": 10}).json()
+        timer.join()
         assert state["status"] == "training"
         assert state["progress"]["run"]
         assert 0.25 < time.monotonic() - began < 3

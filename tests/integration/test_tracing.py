@@ -150,11 +150,10 @@ def eventually(holds: Callable[[], bool], home: Path) -> None:
 def test_one_trace_leads_from_the_request_to_the_activation(story: Story) -> None:
     before, post = story.posts()
     run, publish = story.one("errata-train", "run"), story.one("errata-control", "publish")
-    steps = [(run, post)]
-    steps += [(story.one("errata-train", phase), run) for phase in ("train", "evaluate", "commit")]
+    steps = [(story.one("errata-train", phase), run) for phase in ("train", "evaluate", "commit")]
     steps += [(story.one("errata-control", step), publish) for step in ("load", "verify", "activate")]
-    if publish.parent:  # else a tick came before the message; the links lead back
-        steps.append((publish, run))
+    # One without a parent is of a tick that came before the message; its links lead back.
+    steps += [(child, parent) for child, parent in ((run, post), (publish, run)) if child.parent]
     for child, parent in steps:
         assert (child.trace, child.parent) == (parent.trace, parent.id), child.name
     assert before.trace != post.trace

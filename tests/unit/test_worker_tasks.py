@@ -8,6 +8,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from service.tracing import outgoing
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
 
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
@@ -44,3 +48,15 @@ def test_a_worker_that_cannot_load_ends(error: Exception, tasks: ModuleType, mon
     monkeypatch.setattr(tasks, "_trainer", fail)
     with pytest.raises(SystemExit):
         tasks.load()
+
+
+def test_a_run_goes_on_with_the_trace_of_its_message(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    trainer = SimpleNamespace(execute=lambda _: told.append(outgoing()["traceparent"]))
+    monkeypatch.setattr(tasks, "_trainers", [trainer])
+    tasks.run.push_request(traceparent=TRACE)
+    try:
+        tasks.run.run("run_1")
+    finally:
+        tasks.run.pop_request()
+    assert told == [TRACE]
