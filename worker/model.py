@@ -115,6 +115,9 @@ def freeze_base(
     model.requires_grad_(requires_grad=False)
     parameter_names = _linear_weights(model, location)
     layers_name, layer_index = _decoder_layer(model, parameter_names[0])
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers' other kernels leave the cap out, without a word.
+        model.set_attn_implementation("eager")
     if model.get_parameter(parameter_names[0]).is_meta:
         raise PlacementError(f"the device map leaves the tuned layer, {layers_name}.{layer_index}, on disk")
     return BaseModel(

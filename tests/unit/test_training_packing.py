@@ -37,10 +37,7 @@ SETTINGS = {
 
 
 def base_of(family: str, location: str) -> BaseModel:
-    base = tiny_base(family, location=location, **SETTINGS.get(family, {}))
-    # The reference; its other kernels leave the cap out.
-    base.model.set_attn_implementation("eager")
-    return base
+    return tiny_base(family, location=location, **SETTINGS.get(family, {}))
 
 
 def changed(base: BaseModel) -> dict[str, Tensor]:
@@ -132,11 +129,12 @@ def test_what_lies_beside_a_sequence_does_not_reach_it() -> None:
 
 def test_the_models_own_attention_is_back_afterwards() -> None:
     base = base_of("llama", down_projection("llama", 1))
+    own = base.model.config._attn_implementation
     packed_logits(base, changed(base), SEQUENCES)
-    assert base.model.config._attn_implementation == "eager"
+    assert base.model.config._attn_implementation == own
     with pytest.raises(RuntimeError):
         packed_logits(base, {base.parameter_names[0]: torch.zeros(3, 3)}, SEQUENCES)
-    assert base.model.config._attn_implementation == "eager"
+    assert base.model.config._attn_implementation == own
 
 
 @pytest.mark.parametrize(("extra", "reason"), [("s_aux", "sinks"), ("attention_mask", "mask")])
