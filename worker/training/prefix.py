@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from worker.training.resume import hidden_below
 log = logging.getLogger(__name__)
 
 DEFAULT_CAPACITY_BYTES = 2 << 30
+# Another number where the same tokens come to other values: those that an older release left are not read.
+_FORMAT = 1
 
 # Tokens computed together. One number per kind of device, whatever is asked for: a matrix product's last bits depend
 # on its shape, and a cached value must not depend on what it happened to be computed with.
@@ -38,8 +41,9 @@ class PrefixCache:
     """Hidden states at the input of the tuned layer, by sequence.
 
     A value does not depend on what it was computed together with, so a run is the same to the last bit whether its
-    sequences were cached or not. When half of the capacity is full, what was not used since the last time that it
-    was is forgotten. A disk that is full or a file that is damaged costs time, not the run.
+    sequences were cached or not. When half of the capacity, which all models and layers share, is full, what was not
+    used since the last time that it was is forgotten. A disk that is full or a file that is damaged costs time, not
+    the run.
     """
 
     def __init__(self, folder: Path | None = None, capacity_bytes: int = DEFAULT_CAPACITY_BYTES) -> None:
@@ -49,22 +53,22 @@ class PrefixCache:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = folder
         self._half_bytes = max(capacity_bytes // 2, 1 << 16)
-        self._stores: dict[str, Generations] = {}
         self._on_device: dict[str, DeviceStates] = {}
         self.computed = 0
         """Sequences that were not there and had to be computed."""
 
     def hidden(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """The input of the tuned layer at each sequence's own tokens: [own tokens, hidden size], on the CPU."""
-        store = self._store(base)
-        keys = [_key(sequence) for sequence in sequences]
-        found: dict[bytes, bytes] = store.get(keys)
+        name = _name(base)
+        keys = [_key(name, sequence) for sequence in sequences]
+        found: dict[bytes, bytes] = self._store.get(keys)
         missing = {key: sequence for key, sequence in zip(keys, sequences, strict=True) if key not in found}
         tokens = _tokens_together(base) if missing else 0
         for chunk in _chunks(list(missing.values()), tokens):
-            computed = {_key(s): _to_bytes(h) for s, h in zip(chunk, _compute(base, chunk, tokens), strict=False)}
+            states = _compute(base, chunk, tokens)
+            computed = {_key(name, sequence): _to_bytes(state) for sequence, state in zip(chunk, states, strict=False)}
             self.computed += len(computed)
-            store.put(computed)
+            self._store.put(computed)
             found |= computed
         return [_from_bytes(found[key], base) for key in keys]
 
@@ -103,14 +107,12 @@ class PrefixCache:
         name = _name(base)
         if name not in self._on_device:
             self._on_device[name] = DeviceStates(base.device, room_bytes(base.device))
-        keys = [_key(sequence) for sequence in sequences]
+        keys = [_key(name, sequence) for sequence in sequences]
         return self._on_device[name].get(keys, lambda wanted: self.hidden(base, [sequences[index] for index in wanted]))
 
-    def _store(self, base: BaseModel) -> Generations:
-        name = _name(base)
-        if name not in self._stores:
-            self._stores[name] = Generations(self._folder / name, self._half_bytes)
-        return self._stores[name]
+    @cached_property
+    def _store(self) -> Generations:
+        return Generations(self._folder, self._half_bytes)
 
 
 def _tokens_together(base: BaseModel) -> int:
@@ -154,8 +156,10 @@ def _padded(sequence: TokenSequence) -> int:
 
 
 def _name(base: BaseModel) -> str:
-    identity = f"{base.fingerprint} {base.layers_name} {base.layer_index} {base.model.dtype} {base.device.type}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:24]
+    identity = (
+        f"{_FORMAT} {base.fingerprint} {base.layers_name} {base.layer_index} {base.model.dtype} {base.device.type}"
+    )
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _bytes_per_token(base: BaseModel) -> int:
@@ -173,9 +177,9 @@ def _head(sequence: TokenSequence) -> TokenSequence | None:
     return TokenSequence(sequence.head, len(sequence.head)) if sequence.head_tokens else None
 
 
-def _key(sequence: TokenSequence) -> bytes:
+def _key(name: str, sequence: TokenSequence) -> bytes:
     # The head's length is part of it: it decides which tokens the value is of.
-    text = f"{sequence.head_tokens}:{','.join(map(str, sequence.token_ids))}"
+    text = f"{name} {sequence.head_tokens}:{','.join(map(str, sequence.token_ids))}"
     return hashlib.sha256(text.encode()).digest()
 
 
