@@ -2,10 +2,19 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 T = TypeVar("T")
 
@@ -20,6 +29,14 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def normalise_prompt(prompt: str) -> str:
     """The form in which two prompts are the same question: NFKC, casefolded, runs of white space as one."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def check_untrained(rephrases: Sequence[str], trained: Iterable[str]) -> None:
+    """Raises ValueError for a rephrase that is trained on: it would measure what was learned by heart."""
+    known = {normalise_prompt(text) for text in trained}
+    for index, rephrase in enumerate(rephrases):
+        if normalise_prompt(rephrase) in known:
+            raise ValueError(f"rephrases[{index}] is trained on as well; rephrases are kept for measuring")
 
 
 def _no_control(text: str) -> str:
@@ -84,6 +101,18 @@ class EditRequest(Schema):
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default={}, max_length=MAX_METADATA, description="Up to 16 strings of your own, kept and returned"
     )
+
+    @field_validator("paraphrases")
+    @classmethod
+    def _without_rephrases(cls, paraphrases: list[str], info: ValidationInfo) -> list[str]:
+        check_untrained(info.data.get("rephrases", ()), paraphrases)
+        return paraphrases
+
+    @field_validator("rephrases")
+    @classmethod
+    def _without_the_prompt(cls, rephrases: list[str], info: ValidationInfo) -> list[str]:
+        check_untrained(rephrases, [info.data["prompt"]] if "prompt" in info.data else ())
+        return rephrases
 
 
 class EditBatchRequest(Schema):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.schemas import Text, normalise_prompt
+from service.schemas import Text, check_untrained, normalise_prompt
 
 T = TypeVar("T")
 
@@ -134,11 +134,19 @@ def _published_edit(row: _Row, schema: _Published) -> EditRow:
 def _own_edit(row: _Row) -> EditRow:
     if unknown := sorted(row.fields.keys() - _OWN_FIELDS):
         raise row.error(f"field {unknown[0]!r} is unknown; known are {', '.join(sorted(_OWN_FIELDS))}")
-    return EditRow(row.id, row.text("prompt"), row.text("target"), row.texts("rephrases"), row.texts("paraphrases"))
+    edit = EditRow(row.id, row.text("prompt"), row.text("target"), row.texts("rephrases"), row.texts("paraphrases"))
+    try:
+        check_untrained(edit.rephrases, (edit.prompt, *edit.paraphrases))
+    except ValueError as error:
+        raise row.error(str(error)) from error
+    return edit
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EditFileError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     is_list = text.lstrip().startswith("[")
     for number, row in enumerate(_listed(path, text), 1) if is_list else _lines(path, text):
         if not isinstance(row, dict):

@@ -75,6 +75,8 @@ def test_the_later_row_of_the_same_prompt_wins(tmp_path: Path) -> None:
         ({"prompt": "a\x07", "target": "b"}, r"row 2: field 'prompt': .*U\+0007"),
         ({**OWN, "rephrases": ["c", ""]}, r"row 2: field 'rephrases\[1\]'"),
         ({**OWN, "rephrases": "c"}, "row 2: field 'rephrases': Input should be a valid tuple"),
+        ({**OWN, "rephrases": ["c", "D  e"], "paraphrases": ["d E"]}, r"row 2: rephrases\[1\] is trained on"),
+        ({**OWN, "rephrases": [OWN["prompt"]]}, r"row 2: rephrases\[0\] is trained on"),
         ({**OWN, "paraphrase": "c"}, "row 2: field 'paraphrase' is unknown; known are metadata, paraphrases"),
         (ZSRE, "row 2: field 'alt' is unknown"),
         (["a", "b"], "row 2 is no JSON object"),
@@ -111,4 +113,11 @@ def test_what_is_no_edit_file_is_refused(tmp_path: Path, text: str, complaint: s
     path = tmp_path / "edits.jsonl"
     path.write_text(text)
     with pytest.raises(EditFileError, match=complaint):
+        read_edits(path)
+
+
+def test_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "edits.json"
+    path.write_bytes('[{"prompt": "Où", "target": "là"}]'.encode("latin-1"))
+    with pytest.raises(EditFileError, match=r"edits\.json is not UTF-8: .* at byte 14"):
         read_edits(path)

@@ -48,3 +48,12 @@ def test_unknown_fields_and_wrong_types_are_named() -> None:
         with pytest.raises(ValidationError) as refused:
             EditRequest.model_validate({"prompt": "p", "target": "t", field: value})
         assert [detail["loc"][0] for detail in refused.value.errors()] == [field]
+
+
+@pytest.mark.parametrize("field", ["rephrases", "paraphrases"])
+def test_what_measures_is_not_trained_on(field: str) -> None:
+    """Compared as prompts are; the last of the two fields to be read is the one that is named."""
+    texts = {"rephrases": ["fine", "One  more"], "paraphrases": ["one MORE"] if field == "paraphrases" else []}
+    with pytest.raises(ValidationError, match=r"rephrases\[1\] is trained on") as refused:
+        EditRequest(prompt="one more" if field == "rephrases" else "p", target="t", **texts)
+    assert [detail["loc"] for detail in refused.value.errors()] == [(field,)]
