@@ -56,6 +56,13 @@ def test_perplexity_is_that_of_each_window_alone(base: BaseModel, noise: dict[st
     assert (result.task, result.items, result.tokens) == ("text", 6, tokens)
 
 
+def test_the_perplexity_of_a_model_in_pieces_is_infinite() -> None:
+    """A gate can refuse what is infinite; an overflow would look like a run that broke."""
+    base = tiny_base()
+    base.model.get_output_embeddings().weight.mul_(1e6)
+    assert measure(base, {}, PrefixCache(), TextTask("text", (TEXT,), 16)).values == {Measure.PERPLEXITY: math.inf}
+
+
 def test_a_token_alone_in_the_last_window_is_left_out(base: BaseModel) -> None:
     result = measure(base, {}, PrefixCache(), TextTask("text", (TEXT[:33],), 16))
     assert (result.items, result.tokens) == (2, 30)

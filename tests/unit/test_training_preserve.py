@@ -30,7 +30,6 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def naive_covariances(base: BaseModel) -> dict[str, Tensor]:
     """By the model's own forward, one text at a time: no packing, no padding, no cache."""
-    base.model.set_attn_implementation("eager")
     inputs: dict[str, list[Tensor]] = {name: [] for name in base.parameter_names}
     handles = [
         base.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
@@ -157,6 +156,16 @@ def test_models_do_not_share_what_was_measured(tmp_path: Path) -> None:
     prefix = PrefixCache()
     first, second = (Preservation(tiny_base(seed=seed), prefix, tmp_path).factors(0.1) for seed in (0, 1))
     assert not any(torch.equal(second[name], factor) for name, factor in first.items())
+
+
+def test_other_texts_do_not_share_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tokenizer or chat template makes other tokens of the shipped text, and leaves the fingerprint."""
+    base, prefix = tiny_base(), PrefixCache()
+    measured = []
+    for texts in (TEXTS, TEXTS[:7]):
+        monkeypatch.setattr("worker.training.preserve.calibration_sequences", lambda _, texts=texts: texts)
+        measured.append(Preservation(base, prefix, tmp_path).factors(0.1))
+    assert not any(torch.equal(measured[1][name], factor) for name, factor in measured[0].items())
 
 
 @pytest.mark.usefixtures("texts")

@@ -8,7 +8,6 @@ is a BOS token, all that follows is scored; SmolLM2's tokenizer adds none, and t
 and not scored.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -149,7 +148,8 @@ def _values(task: Task, items: Sequence[Sequence[TokenScores]]) -> dict[Measure,
     match task:
         case TextTask():
             nats = torch.cat([scores.nats for item in items for scores in item])
-            return {Measure.PERPLEXITY: math.exp(nats.double().mean().item())}
+            # A tensor's exponential: infinite, where math's raises, for a model that was trained to pieces.
+            return {Measure.PERPLEXITY: nats.double().mean().exp().item()}
         case ChoiceTask():
             return _choice_values(task, items)
         case LastWordTask():

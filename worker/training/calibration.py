@@ -1,6 +1,5 @@
 """The shipped calibration text: what a model's layers see when it reads and says ordinary things. See ORIGIN.md."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -31,11 +30,6 @@ def random_prefixes(count: int) -> tuple[str, ...]:
         raise ValueError(f"there are {len(prose)} random prefixes, not {count}")
     # Ten words and a full stop: a passage that the prompt has nothing to do with.
     return tuple(f"{' '.join(text.split()[:10]).rstrip('.,;:')}." for text in prose[:count])
-
-
-def calibration_sha256() -> str:
-    """The sha256, in hex, of the text."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from worker.model import BaseModel
-from worker.training.calibration import calibration_sequences, calibration_sha256
+from worker.training.calibration import calibration_sequences
 from worker.training.packing import pack
 from worker.training.prefix import PrefixCache
 from worker.training.resume import run_tuned_layer
@@ -38,8 +38,7 @@ class Preservation:
     def __init__(self, base: BaseModel, prefix: PrefixCache, folder: Path) -> None:
         self._base = base
         self._prefix = prefix
-        inputs = f"{base.fingerprint} {base.parameter_names} {base.model.dtype} {calibration_sha256()}"
-        self._path = folder / f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
+        self._folder = folder
         self._factors: dict[float, dict[str, Tensor]] = {}
 
     def factors(self, strength: float) -> Factors:
@@ -49,18 +48,25 @@ class Preservation:
         return self._factors[strength]
 
     def _covariances(self) -> dict[str, Tensor]:
+        path = self._path()
         try:
-            return safetensors.torch.load(self._path.read_bytes())
+            return safetensors.torch.load(path.read_bytes())
         except (OSError, SafetensorError):
             measured = input_covariances(self._base, self._prefix)
-        staging = self._path.with_suffix(f".{os.getpid()}")
+        staging = path.with_suffix(f".{os.getpid()}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             staging.write_bytes(safetensors.torch.save(measured))
-            staging.rename(self._path)
+            staging.rename(path)
         except OSError as error:
-            log.warning("preservation.not_kept", extra={"path": str(self._path), "reason": str(error)})
+            log.warning("preservation.not_kept", extra={"path": str(path), "reason": str(error)})
         return measured
+
+    def _path(self) -> Path:
+        base = self._base
+        texts = [sequence.token_ids for sequence in calibration_sequences(base.tokenizer)]
+        inputs = f"{base.fingerprint} {base.parameter_names} {base.model.dtype} {base.device.type} {texts}"
+        return self._folder / f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
 
 
 @torch.no_grad()
