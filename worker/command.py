@@ -2,15 +2,20 @@
 
 import argparse
 import json
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from service.console import one_line
+from service.logs import JsonFormatter
 from service.schemas import Format
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError
@@ -19,6 +24,7 @@ from worker.placement import LOWER_ON_DISK
 from worker.training.attention import UnsupportedAttentionError
 from worker.training.breadth_first import TrainingError
 from worker.training.config import PLAIN, Pipeline
+from worker.training.prefix import DEFAULT_CAPACITY_BYTES
 from worker.training.resume import UnsupportedLayerError
 from worker.training.snapshot import SnapshotMismatchError
 
@@ -34,6 +40,7 @@ _USAGE_ERRORS = (
     CheckpointError,
     DeltaError,
     OSError,
+    SafetensorError,
     SnapshotMismatchError,
     UnsupportedAttentionError,
     UnsupportedLayerError,
@@ -48,16 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_verbosity_error()
     options = _parser().parse_args(arguments)
     try:
-        report = carry_out(_experiment(options))
+        with _parts_heard():
+            report = carry_out(_experiment(options))
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except TrainingError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on behind the last whole epoch", 130)
+        return _fail("interrupted; the same command goes on behind the last epoch that it kept", 130)
     if report:
         sys.stdout.write(json.dumps(report) + "\n" if options.json else _summary(report))
     return 0
+
+
+@contextmanager
+def _parts_heard() -> Iterator[None]:
+    """What the worker's parts log, such as the location that `auto` chose, on standard error of the first process."""
+    logger, handler = logging.getLogger("worker"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    level = logger.level
+    logger.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
@@ -68,6 +91,12 @@ def _experiment(options: argparse.Namespace) -> Experiment:
             raise ValueError(f"--plain is the paper's procedure without Errata's additions: it excludes {option}")
     if options.device and options.device_map == "auto":
         raise ValueError("--device-map auto chooses the devices: it excludes --device")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
+        options.device_map == "auto" or (options.device or "").startswith("cuda:")
+    ):
+        raise ValueError(
+            "under torchrun each process has a GPU of its own: it excludes --device-map auto and --device cuda:N"
+        )
     return Experiment(
         edits=options.edits,
         out=options.out,
@@ -80,6 +109,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         device_map=options.device_map,
         dtype=_DTYPES[options.dtype],
         cache=options.cache,
+        cache_bytes=options.cache_bytes,
         evaluate=not options.no_evaluate,
     )
 
@@ -123,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=_count, metavar="N", help="the first N edits only")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="what models need once ever; default: errata in the user's cache"
+    )
+    parser.add_argument(
+        "--cache-bytes", type=_count, default=DEFAULT_CAPACITY_BYTES, metavar="N", help="bound on its prefixes"
     )
     parser.add_argument("--device", type=_device, metavar="D", help="default: CUDA if present")
     parser.add_argument("--device-map", choices=("auto", LOWER_ON_DISK), help="for a model larger than the device")
@@ -174,7 +207,17 @@ def _formats(text: str) -> tuple[Format, ...]:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    names = ("version", "stopped", "epochs", "steps", "train_seconds", "reliability", "generalization", "locality")
+    names = (
+        "version",
+        "location",
+        "stopped",
+        "epochs",
+        "steps",
+        "train_seconds",
+        "reliability",
+        "generalization",
+        "locality",
+    )
     shown = {name: report[name] for name in (*names, "perplexity_ratio") if report[name] is not None}
     values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in shown.items()}
     return "".join(f"{name:<17} {value}\n" for name, value in values.items())

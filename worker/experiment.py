@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,9 +27,9 @@ from worker.training.breadth_first import Hooks, Start, TrainingResult, train
 from worker.training.config import TrainingConfig, config_for
 from worker.training.encode import TrainingEdit
 from worker.training.parallel import Alone, DataParallel
-from worker.training.prefix import PrefixCache
+from worker.training.prefix import DEFAULT_CAPACITY_BYTES, PrefixCache
 from worker.training.preserve import Preservation
-from worker.training.snapshot import EpochReport, Snapshot, SnapshotMismatchError
+from worker.training.snapshot import EpochReport, Saver, Snapshot, SnapshotMismatchError
 
 _LONGEST_WAIT = timedelta(hours=2)  # for a process that measures what is to be preserved, or loads a model
 
@@ -49,6 +49,7 @@ class Experiment:
     device_map: DeviceMap | None = None
     dtype: torch.dtype = torch.bfloat16
     cache: Path | None = None
+    cache_bytes: int = DEFAULT_CAPACITY_BYTES
     evaluate: bool = True
 
 
@@ -94,7 +95,7 @@ class _Bench:
         self._base = base
         self._config = config
         self._cache = experiment.cache or _own_cache()
-        self._prefix = PrefixCache(self._cache / "prefix")
+        self._prefix = PrefixCache(self._cache / "prefix", experiment.cache_bytes)
         # The seed is part of the name: a snapshot carries its run's, and would go on with it.
         self._snapshot = experiment.out / f"interrupted-{config.seed}.safetensors"
 
@@ -126,7 +127,7 @@ class _Bench:
             factors=self._factors(),
             start=Start(snapshot=before),
             ranks=DataParallel() if distributed.is_initialized() else Alone(),
-            hooks=Hooks(on_epoch=_say_epoch, on_snapshot=self._save),
+            hooks=Hooks(on_epoch=_say_epoch, on_snapshot=Saver(self._snapshot) if rank() == 0 else _not_here),
         )
 
     def _factors(self) -> dict[str, torch.Tensor] | None:
@@ -139,14 +140,6 @@ class _Bench:
         if rank() == 0 and distributed.is_initialized():
             distributed.barrier()
         return dict(factors)
-
-    def _save(self, take: Callable[[], Snapshot]) -> None:
-        if rank() > 0:
-            return
-        try:
-            snapshots.save(self._snapshot, take())
-        except OSError as error:
-            _say(f"an interruption would lose this epoch: {error}")
 
     def _evaluate(self, rows: Sequence[EditRow], result: TrainingResult) -> Metrics:
         _say("evaluating")
@@ -232,6 +225,10 @@ def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _not_here(_: object) -> None:
+    """The first process keeps the snapshots of all."""
 
 
 def _say_epoch(epoch: EpochReport) -> None:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,9 @@ from worker.training.config import TrainingConfig, config_for
 from worker.training.encode import TrainingEdit
 from worker.training.prefix import PrefixCache
 from worker.training.preserve import Preservation
-from worker.training.snapshot import EpochReport, Snapshot, SnapshotMismatchError
+from worker.training.snapshot import EpochReport, Saver, Snapshot, SnapshotMismatchError
 
 log = logging.getLogger(__name__)
-
-_SNAPSHOT_EVERY_S = 10.0
 
 # Each gives a run's budget anew. Those that came first must not wait for ever for those that come.
 _MOST_JOINS = 8
@@ -92,7 +89,7 @@ class Learning:
         joined = _Joined(self.stores, run, claim)
         hooks = Hooks(
             on_epoch=lambda epoch: self._report(run, config, epoch),
-            on_snapshot=_Saver(self._snapshot_path),
+            on_snapshot=Saver(self._snapshot_path),
             should_stop=lease.should_stop,
             arrivals=joined.arrivals if joinable else tuple,
         )
@@ -102,6 +99,8 @@ class Learning:
         def attempt(start: Start, chain: int, snapshot: Snapshot | None) -> Learned:
             # On top of what is learned each sequence is judged by itself: in a mean the few new ones would not show.
             chosen = dataclasses.replace(config, skip_learned=True) if chain else config
+            # An attempt more has a seed of its own, but what is gone on with goes on with its shuffles.
+            chosen = dataclasses.replace(chosen, seed=snapshot.seed) if snapshot else chosen
             begun = dataclasses.replace(start, snapshot=snapshot)
             result = train(self.base, edits, chosen, prefix=self.prefix, factors=factors, start=begun, hooks=hooks)
             return Learned(joined.claim, chosen, run.parent if chain else None, chain, result)
@@ -188,23 +187,6 @@ class _Joined:
         log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))
         self._stores.runs.update(self._run, edits=len(self.claim.members), new_edits=len(now.claimed))
         return [_training_edit(edit) for edit in new]
-
-
-class _Saver:
-    """Keeps the newest snapshot on disk, not more often than a restart is worth. A full disk does not end the run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._next = time.monotonic() + _SNAPSHOT_EVERY_S
-
-    def __call__(self, take: Callable[[], Snapshot]) -> None:
-        if time.monotonic() < self._next:
-            return
-        try:
-            snapshots.save(self._path, take())
-        except OSError as error:
-            log.warning("run.snapshot_not_saved", extra={"reason": str(error)})
-        self._next = time.monotonic() + _SNAPSHOT_EVERY_S
 
 
 def _training_edit(edit: Edit) -> TrainingEdit:

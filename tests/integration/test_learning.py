@@ -12,6 +12,7 @@ from service.schemas import EditError, EditStatus, RunStatus
 from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
+from worker.training import snapshot
 from worker.training.config import PLAIN
 from worker.training.snapshot import EpochReport
 
@@ -143,7 +144,7 @@ def test_what_leaves_while_others_arrive_is_not_in_the_version(bench: Bench, lea
 
 
 def test_a_killed_run_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_learning, "_SNAPSHOT_EVERY_S", 0)
+    monkeypatch.setattr(snapshot, "_SAVE_EVERY_S", 0)
     bench.submit("one", "uno")
 
     def cancel(epoch: EpochReport) -> None:
@@ -170,7 +171,7 @@ def test_a_killed_run_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.Mon
 
 def test_a_warm_run_whose_worker_was_killed_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attempt counts, and what is tried again starts from the base, but nothing of it has failed."""
-    monkeypatch.setattr(worker_learning, "_SNAPSHOT_EVERY_S", 0)
+    monkeypatch.setattr(snapshot, "_SAVE_EVERY_S", 0)
     first = bench.submit("one", "uno")
     bench.run()
     second = bench.submit("two", "dos")
@@ -193,6 +194,7 @@ def test_a_warm_run_whose_worker_was_killed_goes_on_where_it_was(bench: Bench, m
     assert bench.starts[-1] == frozenset({first})
     manifest = bench.manifest_of(run)
     assert (manifest["start"], manifest["chain"]) == (1, 1)
+    assert manifest["configuration"]["seed"] == bench.trainer.settings.train_seed, "whose shuffles it went on with"
     assert len(run.epochs) == len(manifest["epochs"]) - 2, "the third was not kept yet"
 
 
@@ -238,7 +240,7 @@ def test_what_the_settings_say_of_training_is_done(bench: Bench) -> None:
 
 
 def test_a_rejected_run_leaves_nothing_to_go_on_from(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_learning, "_SNAPSHOT_EVERY_S", 0)
+    monkeypatch.setattr(snapshot, "_SAVE_EVERY_S", 0)
     bench.trainer.settings.__dict__["gate_max_perplexity_ratio"] = 1e-9
     bench.submit("one", "uno")
     assert bench.run().status is RunStatus.FAILED

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from worker.delta import VersionStore
 from worker.evaluation.answers import ask
 from worker.model import load_base
 from worker.precision import compute_dtype
+from worker.training import snapshot as snapshots
 from worker.training.config import PLAIN
 from worker.training.encode import TokenSequence, TrainingEdit
 from worker.training.learner import Learner, Losses
@@ -55,6 +57,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def every_epoch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "_SAVE_EVERY_S", 0)
+
+
+@pytest.fixture(autouse=True)
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.evaluation.metrics.locality_prompts", lambda: ("a", "b"))
     monkeypatch.setattr("worker.evaluation.metrics.perplexity", lambda *_: 2.0)
@@ -77,13 +84,13 @@ def train(
 
 
 def test_what_a_model_needs_once_ever_is_there_for_the_next_experiment(
-    train: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "user" / "errata" / "prefix"
     for out in ("first", "second"):
         assert train(*QUICK, "--epochs", "1", "--out", str(tmp_path / out))[0] == 0
         assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["versions"]
-        assert len(list(folder.iterdir())) == 1
+        assert (tmp_path / "user" / "errata" / "prefix").is_dir()
+        monkeypatch.delattr("worker.training.prefix.hidden_below", raising=False)
 
 
 def test_plain_trains_prompts_only(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +237,7 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(
 ) -> None:
     quick = (*QUICK, "--no-evaluate")
     whole = train(*quick)[1]
-    real, saved = experiment.snapshots.save, []
+    real, saved = snapshots.save, []
 
     def save_and_die(path: Path, snapshot: Snapshot) -> None:
         real(path, snapshot)
@@ -239,7 +246,7 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:
-        dying.setattr(experiment.snapshots, "save", save_and_die)
+        dying.setattr(snapshots, "save", save_and_die)
         status, report, err = train(*quick)
     assert (status, report) == (130, {})
     assert err.splitlines()[-1].startswith("errata-train: interrupted")
@@ -257,14 +264,14 @@ def test_a_snapshot_of_another_seed_or_setting_is_not_gone_on_from(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = (*QUICK, "--no-evaluate")
-    real = experiment.snapshots.save
+    real = snapshots.save
 
     def save_and_die(path: Path, snapshot: Snapshot) -> None:
         real(path, snapshot)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as dying:
-        dying.setattr(experiment.snapshots, "save", save_and_die)
+        dying.setattr(snapshots, "save", save_and_die)
         train(*quick)
     assert train(*quick, "--seed", "1")[2].startswith("epoch 1:")
     status, _, err = train(*quick, "--batch-size", "3")
@@ -279,7 +286,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_training(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(experiment.snapshots, "save", full)
+    monkeypatch.setattr(snapshots, "save", full)
     status, report, err = train(*QUICK, "--no-evaluate")
     assert (status, report["stopped"]) == (0, "learned")
     assert "No space left" in err
@@ -307,6 +314,37 @@ def test_what_cannot_be_is_one_line_and_exit_2(train: Callable[..., Any], option
     assert (status, report) == (2, {})
     (line,) = err.splitlines()
     assert re.match(f"errata-train: .*{said}", line), line
+
+
+@pytest.mark.parametrize("options", [("--device-map", "auto"), ("--device", "cuda:0")])
+def test_processes_that_would_share_a_gpu_are_refused(
+    model: Path, edits: Path, options: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("worker.command._device", str)
+    assert main([str(edits), "--model", str(model), "--out", "unused", *options]) == 2
+    assert "a GPU of its own" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_2(train: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = damaged / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    status, _, err = train(*QUICK, "--model", str(damaged))
+    assert (status, len(err.splitlines())) == (2, 1), err
+
+
+def test_what_its_parts_have_to_say_is_heard(train: Callable[..., Any]) -> None:
+    short = ("--epochs", "1", "--no-evaluate")
+    _, report, err = train(*QUICK, "--location", "auto", "--cache-bytes", "1", "--random-prefixes", "20", *short)
+    events = {line["event"].split()[0]: line for line in map(json.loads, filter(is_json, err.splitlines()))}
+    assert report["location"] in events["auto_location"]["event"]
+    assert events["prefix_cache.too_small"]["bytes"] > events["prefix_cache.too_small"]["kept_bytes"]
+
+
+def is_json(line: str) -> bool:
+    return line.startswith("{")
 
 
 @pytest.mark.parametrize(

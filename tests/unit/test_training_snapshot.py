@@ -15,7 +15,7 @@ from worker.training.breadth_first import Hooks, Start, TrainingCancelledError, 
 from worker.training.config import Pipeline, TrainingConfig
 from worker.training.encode import TrainingEdit
 from worker.training.prefix import PrefixCache
-from worker.training.snapshot import Snapshot, SnapshotMismatchError, load, save
+from worker.training.snapshot import Saver, Snapshot, SnapshotMismatchError, load, save
 
 EDITS = [TrainingEdit(f"e{number}", f"{number} is", f"{number * 7 % 10}") for number in range(6)]
 LATER = TrainingEdit("later", "9 is", "nine")
@@ -241,6 +241,24 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_snapshot_and_nothing_else(
     monkeypatch.undo()
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_snapshot_is_taken_no_more_often_than_a_restart_is_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("worker.training.snapshot.time.monotonic", lambda: clock[0])
+    snapshot, taken = interrupted(tiny_base(), config(), epochs=1), []
+
+    def take() -> Snapshot:
+        taken.append(clock[0])
+        return snapshot
+
+    keep = Saver(tmp_path / "run.safetensors")
+    for second in range(31):
+        clock[0] = 100.0 + second
+        keep(take)
+    assert taken == [110.0, 120.0, 130.0]
 
 
 def test_the_old_snapshot_is_there_until_the_new_one_is_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

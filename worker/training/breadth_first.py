@@ -145,7 +145,7 @@ def train(
     while not run.spent:
         run.join(hooks.arrivals())
         hooks.on_epoch(run.epoch(hooks.should_stop))
-        if learned := run.learned():
+        if learned := run.learned(hooks.should_stop):
             break
         hooks.on_snapshot(run.snapshot)
     return TrainingResult(
@@ -252,10 +252,16 @@ class _Run:
         self.reports[-1] = dataclasses.replace(report, budget=min(1.0, self._progress))
         return self.reports[-1]
 
-    def learned(self) -> bool:
+    def learned(self, should_stop: Callable[[], bool]) -> bool:
         """Whether all sequences are, judged as the configuration says."""
         if self._config.judges_sequences:
-            return self._schedule.finished and self._sweeps.sweep(self.steps, self._check)
+
+            def check(numbers: Sequence[int]) -> int:
+                if should_stop():
+                    raise TrainingCancelledError(f"cancelled behind epoch {len(self.reports)}")
+                return self._check(numbers)
+
+            return self._schedule.finished and self._sweeps.sweep(self.steps, check)
         last = self.reports[-1]
         return last.loss < self._config.loss_threshold and last.worst_token_loss < self._config.token_threshold
 
@@ -267,6 +273,7 @@ class _Run:
                 "shuffle": self._shuffle.get_state(),
             },
             identity=self._identity(len(self.sequences)),
+            seed=self._config.seed,
             sequences=len(self.sequences),
             schedule=self._schedule.state(),
             reports=tuple(self.reports),

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from worker.model import BaseModel
 from worker.training.config import TrainingConfig
 from worker.training.encode import TokenSequence
 
-# Another number for other tensors in a snapshot: one that an older release left is of another run.
-_FORMAT = 3
+log = logging.getLogger(__name__)
+
+# Another number for other contents of a snapshot: one that an older release left is of another run.
+_FORMAT = 4
+_SAVE_EVERY_S = 10.0
 
 
 class SnapshotMismatchError(Exception):
@@ -54,11 +59,12 @@ class Snapshot:
     """What it takes to go on as if nothing had happened.
 
     `tensors`, on the CPU, are the updates, the optimiser's states and the shuffle's; `identity` stands for everything
-    that the run's result depends on but its seed, with its first `sequences` sequences.
+    that the run's result depends on but its `seed`, with its first `sequences` sequences.
     """
 
     tensors: Mapping[str, Tensor]
     identity: str
+    seed: int
     sequences: int
     schedule: Mapping[str, Any]
     reports: tuple[EpochReport, ...]
@@ -93,6 +99,24 @@ def save(path: Path, snapshot: Snapshot) -> None:
         staging.rename(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+class Saver:
+    """Keeps the newest snapshot on disk, not more often than a restart is worth. A full disk does not end the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._next = time.monotonic() + _SAVE_EVERY_S
+
+    def __call__(self, take: Callable[[], Snapshot]) -> None:
+        """Save what `take` returns, if it is time to."""
+        if time.monotonic() < self._next:
+            return
+        try:
+            save(self._path, take())
+        except OSError as error:
+            log.warning("run.snapshot_not_saved", extra={"path": str(self._path), "reason": str(error)})
+        self._next = time.monotonic() + _SAVE_EVERY_S
 
 
 def load(path: Path) -> Snapshot | None:
