@@ -4,7 +4,8 @@
 
 Breadth-first goes over all edits epoch after epoch; depth-first trains one batch after the other, each until it is
 learned or its epochs are used up. Everything else is the paper's: raw format, one threshold on the loss, nothing
-preserved, nothing skipped. Only the learning rate is the small model's. Beside the table, two plots.
+preserved, nothing skipped. Two things are not: the learning rate is the small model's, and depth-first judges each
+sequence of a batch by itself, where breadth-first goes by the batch's mean. Beside the table, two plots.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.frontier --model FOLDER --edits zsre.json --edits counterfact.json --data FOLDER
         [--counts 20 100 1000] [--preserve 0 0.1] [--lrs 1e-2] [--batches 20] [--locations auto] [--plain [LR ...]]
-        [--tasks WikiText-2 LAMBADA]
+        [--tasks WikiText-2 LAMBADA] [--visit-all]
 
 Every combination of the options is a configuration, and its edits are trained and asked raw and as chat. A row's
 capability is told against the base's, which is measured first in the same run; `--data` is the folder that
@@ -152,6 +152,8 @@ def settings(options: argparse.Namespace, bench: Bench) -> Iterator[Setting]:
     axes = {name: getattr(options, axis) for axis, name in _AXES.items() if getattr(options, axis)}
     for values in itertools.product(*axes.values()):
         yield _setting("defaults", usual, dict(zip(axes, values, strict=True)))
+    if options.visit_all:
+        yield _setting("defaults", usual, {"skip_learned": False})
     if options.plain is not None:
         plain = dataclasses.replace(config_for(bench.base.model.config.to_dict(), plain=True), formats=None)
         for lr in options.plain or [plain.learning_rate]:
@@ -187,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--loss-thresholds", type=float, nargs="+", help="nats")
     options.add_argument("--token-thresholds", type=float, nargs="+", help="nats; inf for none")
     options.add_argument("--random-prefixes", type=int, nargs="+", help="copies of a prompt behind random words")
+    options.add_argument("--visit-all", action="store_true", help="every epoch over all edits too, learned or not")
     options.add_argument("--max-epochs", type=int, help="bound on epochs, not of plain runs")
     options.add_argument("--plain", type=float, nargs="*", metavar="LR", help="the paper's procedure too, at each rate")
     options.add_argument("--repeats", type=int, default=1, help="runs of each configuration, each on its own edits")

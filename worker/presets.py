@@ -14,7 +14,7 @@ class Preset:
     location: str
     learning_rate: float
     batch_size: int
-    """Sequences per step."""
+    """Sequences per step; an edit that is trained in two formats is two."""
     max_epochs: int
     loss_threshold: float
     """A batch's mean loss, nats per token, under which it is not stepped on."""

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import overview
 from benchmarks.datasets import ROWS, TASKS, capability_tasks, hellaswag
-from benchmarks.report import Machine, Results, markdown_table, spread, told, write_plot
+from benchmarks.report import RESULTS, Machine, Results, markdown_table, spread, told, write_plot
 from worker.evaluation.capability import Choice
 
 
@@ -90,3 +91,12 @@ def test_a_spread_is_the_median_and_the_range() -> None:
 def test_options_are_told_without_places() -> None:
     options = argparse.Namespace(model=Path("/a/b/model"), counts=[1, 20], max_lr=5e-4, plain=None, out=Path("/x"))
     assert told(options) == "model model, counts 1 20, max lr 0.0005"
+
+
+def test_the_overview_has_the_rows_of_all_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in RESULTS.glob("*.md"):
+        (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.setattr("sys.argv", ["overview", "--results", str(tmp_path)])
+    overview.main()
+    assert (tmp_path / "overview.md").read_text() == (RESULTS / "overview.md").read_text(), "run benchmarks.overview"
+    assert (tmp_path / "overview.png").stat().st_size > 10_000

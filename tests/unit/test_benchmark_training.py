@@ -76,13 +76,14 @@ def options(**given: object) -> argparse.Namespace:
 
 
 def test_settings_are_every_combination_and_the_papers(bench: Bench) -> None:
-    given = options(preserve=[0.0, 0.1], lrs=[1e-2, 3e-3], plain=[3e-3], max_epochs=7)
+    given = options(preserve=[0.0, 0.1], lrs=[1e-2, 3e-3], plain=[3e-3], visit_all=True, max_epochs=7)
     found = {setting.name: setting.config for setting in frontier.settings(given, bench)}
     assert list(found) == [
         "defaults, preserve 0",
         "defaults",
         "defaults, learning_rate 0.003, preserve 0",
         "defaults, learning_rate 0.003",
+        "defaults, skip_learned 0",
         "plain, learning_rate 0.003",
     ]
     assert found["defaults"] == dataclasses.replace(TrainingConfig(), max_epochs=7)

@@ -2,6 +2,9 @@
 
 Every other module works on tokens one by one; attention is told where sequences begin and end by the `packing` keyword
 of the model's forward, which transformers hands on to it. No family of models is named here.
+
+Only here sequences are padded, each to the longest of its group: a long one among many short ones costs a square of
+itself for each of them.
 """
 
 import math
