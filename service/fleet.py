@@ -198,7 +198,8 @@ class Fleet:
         """Has the node serve nothing until it holds the active version as it was trained."""
         before = left_out(self._redis).get(node.address)
         attempts = before.attempts + 1 if before else 1
-        wait_s = min(2.0**attempts, _LONGEST_WAIT_S)
+        # Of thousands of attempts the power would be no float.
+        wait_s = min(2.0 ** min(attempts, 10), _LONGEST_WAIT_S)
         left = LeftOut(trouble.message, attempts, self._clock() + wait_s)
         self._redis.hset(NodeKeys().left_out, node.address, json.dumps(asdict(left)))
         log.error("node.left_out", extra={"node": node.address, "again_in_s": wait_s, **asdict(left)})

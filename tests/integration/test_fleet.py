@@ -1,7 +1,9 @@
 """Fleet between a real Redis and scripted nodes: enough of them hold a version, and who cannot is left out."""
 
 import itertools
+import json
 from contextlib import suppress
+from dataclasses import asdict
 
 import pytest
 from scripted_clock import Clock
@@ -9,7 +11,7 @@ from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker
 
 from service.errors import UnavailableError
-from service.fleet import Fleet, left_out
+from service.fleet import Fleet, LeftOut, left_out
 from service.nodes import NodeRefusedError
 from service.schemas import VersionRecord
 from service.stores import Stores
@@ -128,6 +130,17 @@ def test_a_node_that_is_left_out_is_tried_again_less_and_less_often(
     waits = [later - earlier for earlier, later in itertools.pairwise(tried)]
     assert waits == [2, 4, 8, 16, 30, 30, 30, 30, 30]
     assert events(stores).count("node.left_out") == 1
+
+
+def test_a_node_that_was_tried_for_hours_is_tried_on(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = DAMAGED, set()
+    tried = LeftOut("it was refused", attempts=5000, again_at=clock.now)
+    stores.redis.hset("errata:nodes:left_out", "http://node0", json.dumps(asdict(tried)))
+    fleet_of(stores, nodes, clock).heal(base)
+    again = left_out(stores.redis)["http://node0"]
+    assert (again.attempts, again.again_at - clock.now) == (5001, 30)
 
 
 def test_a_node_that_holds_the_active_version_again_is_taken_back(
