@@ -73,7 +73,7 @@ class Reconciler:
                 param="version",
                 code="version_not_verified",
             )
-        self._fleet.load(version)
+        self._fleet.load_to_activate(record)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
         self._stores.measures.observe(ACTIVATION_SECONDS, self._clock() - began)
         self._stores.edits.settle()

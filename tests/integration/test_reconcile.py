@@ -373,6 +373,42 @@ class TestRollback:
         assert reconciler.roll_back(0).active == 0
         assert statuses(stores, first + second) == ["held", "held"]
 
+    @pytest.mark.parametrize("left", [False, True], ids=["serving", "left out"])
+    def test_from_a_version_that_every_node_refuses(
+        self,
+        stores: Stores,
+        worker: ScriptedWorker,
+        node: ScriptedNode,
+        reconciler: Reconciler,
+        left: bool,
+    ) -> None:
+        """Its file is damaged, and the nodes that held it have started anew."""
+        edits = submit(stores, ("a", "1"))
+        one = published(stores, worker, reconciler)
+        submit(stores, ("b", "2"))
+        two = published(stores, worker, reconciler)
+        node.resident, node.refuses = set(), {two: (409, "damaged_version")}
+        reconciler.tick()
+        assert [client.address for client in reconciler.fleet.serving()] == ["http://node"], "the others it can answer"
+        if left:
+            reconciler.fleet.leave_out(node.client(), NodeRefusedError("others held it then"))
+        assert reconciler.roll_back(None).active == one
+        assert node.resident == {one}
+        reconciler.tick()
+        assert [client.address for client in reconciler.fleet.serving()] == ["http://node"]
+        assert statuses(stores, edits) == ["live"]
+
+    def test_not_to_a_version_that_a_node_that_is_left_out_holds_wrong(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        submit(stores, ("a", "1"))
+        version = published(stores, worker, reconciler)
+        reconciler.fleet.leave_out(node.client(), NodeRefusedError("version 0 was damaged in its slot"))
+        node.damaged = {0}
+        with pytest.raises(NodeRefusedError) as refused:
+            reconciler.roll_back(0)
+        assert (active(stores), refused.value.code) == (version, "checksum_mismatch")
+
     def test_rolled_back_edits_do_not_come_back_with_the_next_run(
         self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
     ) -> None:
