@@ -1,8 +1,9 @@
 """Fleet: the nodes together. A version may become active once enough of them hold it.
 
 A node that refuses what others hold, fails to load it for long, or holds other bits, is left out: nobody waits for it,
-the gateway sends it nothing, and it is tried again, less and less often, until it holds the active version. Who is left
-out is kept in Redis, because the API, the control worker and the gateway must agree on it.
+the gateway sends it nothing, and it is tried again, less and less often, until it holds the active version. What all
+refuse is at fault itself, and none is left out for it. Who is left out is kept in Redis, because the API, the control
+worker and the gateway must agree on it.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 from redis import Redis
@@ -126,6 +127,26 @@ class Fleet:
                 self.leave_out(node, trouble)
         return holding
 
+    def load_to_activate(self, record: VersionRecord) -> None:
+        """Makes the serving nodes hold a version that is to be active; if none serves, those that are left out.
+
+        They may be for the sake of what is active now. One that holds the version as it was trained is looked at next.
+
+        Raises:
+            UnavailableError: no node answers, or too few hold the version.
+            NodeRefusedError: every node refuses the version, or holds other bits.
+        """
+        if self.serving() or not (nodes := self._answering()):
+            self.load(record.version)
+            return
+        troubles = [self.load_on(node, record.version, record.tensors) for node in nodes]
+        if len(failed := [trouble for trouble in troubles if trouble]) == len(nodes):
+            raise failed[0]
+        left = left_out(self._redis)
+        for node, trouble in zip(nodes, troubles, strict=True):
+            if trouble is None and (known := left.get(node.address)):
+                self._keep_out(node, replace(known, again_at=self._clock()))
+
     def heal(
         self,
         active: VersionRecord | None,
@@ -145,38 +166,55 @@ class Fleet:
         answering = self._answering()
         self._tell({node.address for node in answering})
         held: dict[str, list[Held]] = {}
-        silent: list[tuple[NodeClient, Trouble]] = []
+        troubled: list[tuple[NodeClient, Trouble]] = []
+        others_do = False
         left = left_out(self._redis)
         for node in self._due(answering):
-            trouble: Trouble | None = None
+            trouble: Trouble | None
             try:
                 held[node.address] = node.held()
                 holds = {one.version for one in held[node.address]}
-                if active and (node.address in left or active.version not in holds):
-                    trouble = self.load_on(node, active.version, active.tensors if node.address in left else None)
-                if active and trouble is None and node.address in left:
-                    trouble = answers(node, active.version)
+                trouble = self._unfit(node, active, holds, answers if node.address in left else None)
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
+            # Who refuses to say what it holds refuses no version.
+            refuses_all = isinstance(trouble, NodeRefusedError) and node.address not in held
             if trouble is None:
+                others_do = True
                 self._judged(node, None, None)
                 self._take_back(node)
                 self._hold(node, canary, holds)
-            elif isinstance(trouble, NodeRefusedError) or node.address in left:
+            elif refuses_all or node.address in left:
                 self.leave_out(node, trouble)
             else:
-                silent.append((node, trouble))
-        self._bear_with(silent, answering)
+                troubled.append((node, trouble))
+        self._bear_with(troubled, others_do=others_do)
         self._measures.tick(self._clock(), held)
 
-    def _bear_with(self, silent: Sequence[tuple[NodeClient, Trouble]], answering: Sequence[NodeClient]) -> None:
-        """Has nodes that do not do what they are asked go on serving: for a while, or as long as no other does."""
-        left = left_out(self._redis)
-        others_serve = len(silent) < len([node for node in answering if node.address not in left])
-        for node, trouble in silent:
+    def _unfit(
+        self,
+        node: NodeClient,
+        active: VersionRecord | None,
+        holds: Collection[int],
+        answers: Callable[[NodeClient, int], Trouble | None] | None,
+    ) -> Trouble | None:
+        """What keeps the node from serving the active version; `answers` is given for one that is left out."""
+        if active is None:
+            return None
+        if answers:
+            return self.load_on(node, active.version, active.tensors) or answers(node, active.version)
+        return None if active.version in holds else self.load_on(node, active.version, None)
+
+    def _bear_with(self, troubled: Sequence[tuple[NodeClient, Trouble]], *, others_do: bool) -> None:
+        """Has nodes that do not take the active version go on serving the others: as long as no node takes it.
+
+        Then it is the version, or the store, that is at fault, and without them nothing would answer and nothing could
+        be rolled back to. If others take it, one that refuses it is left out, and one that may take it later in time.
+        """
+        for node, trouble in troubled:
             log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
             judged = self._judged(node, None, trouble)
-            if others_serve and isinstance(judged, NodeRefusedError):
+            if others_do and isinstance(judged, NodeRefusedError):
                 self.leave_out(node, judged)
 
     def pin(self, versions: Collection[int]) -> None:
@@ -198,9 +236,10 @@ class Fleet:
         """Has the node serve nothing until it holds the active version as it was trained."""
         before = left_out(self._redis).get(node.address)
         attempts = before.attempts + 1 if before else 1
-        wait_s = min(2.0**attempts, _LONGEST_WAIT_S)
+        # Of thousands of attempts the power would be no float.
+        wait_s = min(2.0 ** min(attempts, 10), _LONGEST_WAIT_S)
         left = LeftOut(trouble.message, attempts, self._clock() + wait_s)
-        self._redis.hset(NodeKeys().left_out, node.address, json.dumps(asdict(left)))
+        self._keep_out(node, left)
         log.error("node.left_out", extra={"node": node.address, "again_in_s": wait_s, **asdict(left)})
         if before is None:
             self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
@@ -259,6 +298,9 @@ class Fleet:
         """Those that are not left out, or are to be tried again."""
         left, now = left_out(self._redis), self._clock()
         return [node for node in nodes if node.address not in left or left[node.address].again_at <= now]
+
+    def _keep_out(self, node: NodeClient, left: LeftOut) -> None:
+        self._redis.hset(NodeKeys().left_out, node.address, json.dumps(asdict(left)))
 
     def _take_back(self, node: NodeClient) -> None:
         if self._redis.hdel(NodeKeys().left_out, node.address):

@@ -16,7 +16,7 @@ from service.errors import NotFoundError, UnavailableError
 from service.fleet import Fleet
 from service.logs import bound, of_edits
 from service.nodes import NodeClient, NodeRefusedError
-from service.registry import OvertakenError
+from service.registry import NotVerifiedError, OvertakenError
 from service.runs import LeaseLostError
 from service.schemas import Edit, EditError, EditStatus, Run, RunStatus, VersionState
 from service.settings import Settings
@@ -61,28 +61,32 @@ class Publisher:
             return
         try:
             run = self._stores.runs.get(run_id)
-            canary = self._stores.canaries.current()
-            judgement = judge(canary, self._settings, now=self._clock()) if canary else None
-            if run.status is RunStatus.VERIFYING and not (judgement and judgement.waits):
-                new = self._stores.edits.in_status(EditStatus.TRAINED)
-                with (
-                    acting(Actor(run=run.id)),
-                    bound(run=run_id, **of_edits(new)),
-                    span("publish", kind=SpanKind.CONSUMER, run=run_id),
-                ):
-                    link(lambda: self._stores.edits.traceparents(edit.id for edit in new))
-                    self._publish(run, new, judgement)
-        except LeaseLostError:
-            # The lock expired in a long verification, and another publisher has ended the run.
+            try:
+                self._look(run)
+            except UnavailableError as error:
+                log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
+                self._give_up_in_time(run, error)
+        except (LeaseLostError, NotVerifiedError):
+            # The lock expired in a long verification, and another publisher has judged the version.
             log.warning("publish.overtaken", extra={"run": run_id})
-        except UnavailableError as error:
-            log.warning("publish.postponed", extra={"run": run_id, "reason": error.message})
-            self._give_up_in_time(run, error)
         finally:
             try:
                 lock.release()
             except LockError:
                 log.warning("publish.lock_expired", extra={"run": run_id})
+
+    def _look(self, run: Run) -> None:
+        canary = self._stores.canaries.current()
+        judgement = judge(canary, self._settings, now=self._clock()) if canary else None
+        if run.status is RunStatus.VERIFYING and not (judgement and judgement.waits):
+            new = self._stores.edits.in_status(EditStatus.TRAINED)
+            with (
+                acting(Actor(run=run.id)),
+                bound(run=run.id, **of_edits(new)),
+                span("publish", kind=SpanKind.CONSUMER, run=run.id),
+            ):
+                link(lambda: self._stores.edits.traceparents(edit.id for edit in new))
+                self._publish(run, new, judgement)
 
     def _publish(self, run: Run, new: Sequence[Edit], judgement: Judgement | None) -> None:
         registry = self._stores.registry
@@ -167,7 +171,7 @@ class Publisher:
         if run.version is None or waited_s < self._settings.verify_max_s:
             return
         reason = EditError(code="not_verified", message=f"no node could be asked for {waited_s:.0f} s: {error.message}")
-        self._mark_rejected(run.version, reason)
+        self._mark_rejected(run, run.version, reason)
         self._stores.edits.unclaim(run.id, error=reason, refund=True)
         self._end(run, RunStatus.FAILED, reason)
 
@@ -194,15 +198,15 @@ class Publisher:
         )
 
     def _reject(self, run: Run, version: int, error: EditError) -> None:
+        self._mark_rejected(run, version, error)
         log.warning("version.rejected", extra={"version": version, "code": error.code, "reason": error.message})
-        self._mark_rejected(version, error)
         self._stores.edits.unclaim(run.id, error=error)
         self._end(run, RunStatus.FAILED, error)
 
-    def _mark_rejected(self, version: int, error: EditError) -> None:
+    def _mark_rejected(self, run: Run, version: int, error: EditError) -> None:
         # A run over an empty edit set has no version of its own; the base is not rejected with it.
         if version > 0:
-            self._stores.registry.reject(version, reason=error.message)
+            self._stores.registry.reject(version, reason=error.message, run=run)
 
     def _end(self, run: Run, status: RunStatus, error: EditError | None = None) -> None:
         self._stores.runs.finish(run.id, status, error=error)

@@ -15,6 +15,7 @@ from service.metrics.catalogue import ACTIVATION_SECONDS
 from service.nodes import NodeClient
 from service.publication import Publisher, to_be_pinned
 from service.queue import TaskQueue
+from service.registry import NotVerifiedError
 from service.schemas import Activation, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.slots import SlotCheck
@@ -60,7 +61,8 @@ class Reconciler:
 
         Raises:
             NotFoundError: no such version.
-            ConflictError: it is not verified, or another version is active than expected.
+            NotVerifiedError: it is not verified, or was rejected meanwhile.
+            OvertakenError: another version is active than expected.
             UnavailableError: no node is ready, or too few hold the version.
             NodeRefusedError: every node refuses the version.
         """
@@ -68,12 +70,8 @@ class Reconciler:
         record = self._stores.registry.get(version)
         if record.state is not VersionState.VERIFIED:
             because = f": {record.reason}" if record.reason else ""
-            raise ConflictError(
-                f"version {version} is {record.state}, not verified{because}",
-                param="version",
-                code="version_not_verified",
-            )
-        self._fleet.load(version)
+            raise NotVerifiedError(f"version {version} is {record.state}, not verified{because}", param="version")
+        self._fleet.load_to_activate(record)
         activation = self._stores.registry.activate(version, expected_active=expected_active)
         self._stores.measures.observe(ACTIVATION_SECONDS, self._clock() - began)
         self._stores.edits.settle()

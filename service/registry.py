@@ -35,6 +35,12 @@ class OvertakenError(ConflictError):
     default_code = "active_version_changed"
 
 
+class NotVerifiedError(ConflictError):
+    """What is not verified cannot be active."""
+
+    default_code = "version_not_verified"
+
+
 class VersionRegistry:
     """Versions and the active pointer."""
 
@@ -156,10 +162,16 @@ class VersionRegistry:
         if self._verify({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
             raise LeaseLostError(f"run {run.id} has ended")
 
-    def reject(self, number: int, *, reason: str) -> None:
-        """Records that a version failed; if it was the canary, it is none from now on."""
+    def reject(self, number: int, *, reason: str, run: Run) -> None:
+        """Records that a version failed; if it was the canary, it is none from now on.
+
+        Raises:
+            LeaseLostError: its run has ended, or it is active, so another has judged it.
+        """
         record = self.get(number).model_copy(update={"state": VersionState.REJECTED, "reason": reason})
-        self._reject({"version": number, "record": record.model_dump_json(), "reason": reason})
+        payload = {"version": number, "record": record.model_dump_json(), "reason": reason, "run": run.id}
+        if self._reject(payload).get("refused"):
+            raise LeaseLostError(f"run {run.id} has ended, or version {number} is active")
 
     def active(self) -> Activation | None:
         """The pointer, or None before version 0 is committed."""
@@ -183,6 +195,7 @@ class VersionRegistry:
 
         Raises:
             NotFoundError: no such version.
+            NotVerifiedError: the version is not verified, or not any more.
             OvertakenError: another version is active, or the pointer moved, than the caller expects.
             LeaseLostError: the run has ended.
         """
@@ -198,6 +211,8 @@ class VersionRegistry:
         match answer.get("refused"):
             case "unknown":
                 raise NotFoundError(f"no version {number}", param="version", code="version_not_found")
+            case "state":
+                raise NotVerifiedError(f"version {number} is {answer['state']}, not verified", param="version")
             case "run":
                 raise LeaseLostError(f"run {run.id if run else ''} has ended")
             case "active":

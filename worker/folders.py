@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_STAGING = re.compile(r"\.\d{6,}\.[0-9a-f]{32}")
+# A version's folder in the store, or a node's copy of one, which has more behind its number.
+_STAGING = re.compile(r"\.\d{6,}(-[0-9a-f]+)*\.[0-9a-f]{32}")
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -18,7 +19,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     staging.mkdir()
     try:
-        with _in_use(staging):
+        with in_use(staging):
             for name, data in files.items():
                 with (staging / name).open("xb") as file:
                     file.write(data)
@@ -43,8 +44,8 @@ def remove_abandoned(parent: Path) -> list[str]:
 
 
 @contextmanager
-def _in_use(folder: Path) -> Iterator[None]:
-    """The kernel takes the lock back from a writer that dies, however it does."""
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep `remove_abandoned` away. The kernel takes the lock back from a writer that dies, however it does."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # Some network file systems cannot lock a folder. There a repair may take it from under its writer, who fails.

@@ -38,7 +38,7 @@ class Proxy:
         client's: the name that the client gave was good.
 
         Raises:
-            InvalidRequestError: the request alone asks for more answers than the gateway allows.
+            InvalidRequestError: the request alone asks for more answers than the gateway allows; `n` is no integer.
             BusyError: as many answers are being computed as the gateway allows.
             UnavailableError: no node can be reached, none came as far as the first byte, or all refuse the version.
             NodeTimeoutError: a node took the request and was silent for too long.
@@ -82,11 +82,20 @@ class Proxy:
 
 
 def _answers(body: Mapping[str, Any]) -> int:
-    """How many answers a request asks for. What is no number, or no list, is the node's to refuse."""
-    prompt, n = body.get("prompt"), body.get("n")
+    """How many answers a request asks for. What is no prompt is the node's to refuse."""
+    n = body.get("n")
+    # A node reads "256" and 256.0 as the number.
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
+        raise InvalidRequestError("n: must be an integer", param="n")
+    prompts = _prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds"))
+    return max(1, prompts) * max(1, n or 1)
+
+
+def _prompts(given: object) -> int:
+    if given is None:
+        return 0
     # A list of numbers is one prompt's tokens.
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return prompts * (n if isinstance(n, int) and n > 1 else 1)
+    return len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
 
 
 async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, passage: Passage) -> Response:

@@ -1,5 +1,5 @@
--- Moves the one pointer, if it still is where the caller saw it and, for a run, if that is under way. Whoever says which
--- version is active ends the canary, also by naming the one that is.
+-- Moves the one pointer to a verified version, if it still is where the caller saw it and, for a run, if that is under
+-- way. Whoever says which version is active ends the canary, also by naming the one that is.
 local active = tonumber(redis.call('HGET', keys.active, 'version'))
 local epoch = tonumber(redis.call('HGET', keys.active, 'epoch') or '0')
 local canary = tonumber(redis.call('HGET', keys.active, 'canary'))
@@ -16,7 +16,11 @@ end
 if payload.promotes and canary ~= payload.version and moves then
   return cjson.encode({refused = 'canary', active = active})
 end
-if redis.call('EXISTS', keys.version .. payload.version) == 0 then return '{"refused":"unknown"}' end
+local known = redis.call('GET', keys.version .. payload.version)
+if not known then return '{"refused":"unknown"}' end
+-- It may have been rejected since the caller looked.
+local state = cjson.decode(known).state
+if state ~= 'verified' then return cjson.encode({refused = 'state', state = state}) end
 -- The run of a canary that was ended here must see that somebody has decided since it began.
 if moves or canary then redis.call('HSET', keys.active, 'epoch', epoch + 1) end
 if moves then

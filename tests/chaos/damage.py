@@ -87,7 +87,7 @@ def _refused(world: World, version: int) -> bool:
         try:
             sample = ask(http, question)
         except ApiError as error:
-            # Of the active version the only node is left out: nothing is served rather than something else.
+            # A node that is left out serves nothing rather than something else.
             return error.code == "damaged_version" or bool(left_out(world.stores.redis))
         except ConnectionFailedError:
             return False

@@ -28,9 +28,9 @@ from service.metrics.kept import named
 from service.publication import Publisher
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
-from service.registry import OvertakenError
+from service.registry import NotVerifiedError, OvertakenError
 from service.runs import LeaseLostError
-from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger, VersionState
+from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger, VersionRecord, VersionState
 from service.settings import Settings
 from service.stores import Stores
 from service.tracing import span
@@ -479,6 +479,23 @@ class TestOperator:
         assert stage.run(run) is RunStatus.SUCCEEDED
         assert stage.ended() == {"promoted": 1}
 
+    def test_activates_it_while_it_is_withdrawn(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between the look at its state and the move of the pointer the nodes load it; by then it is rejected."""
+        one = stage.served_since_long("a", "old")
+        edit, run, two = stage.candidate("b", "new")
+        load = stage.control.fleet.load_to_activate
+
+        def slowly(record: VersionRecord) -> None:
+            load(record)
+            stage.stores.canaries.count(two, {"canary_errors": LASTS_REQUESTS})
+            stage.control.tick()
+
+        monkeypatch.setattr(stage.control.fleet, "load_to_activate", slowly)
+        with pytest.raises(NotVerifiedError, match="rejected"):
+            stage.control.activate(two)
+        assert stage.pointer() == (one, None)
+        assert (stage.run(run), stage.status(edit)) == (RunStatus.FAILED, "queued")
+
     @pytest.mark.parametrize("word", ["roll back", "roll back to 0", "activate the active one"])
     def test_says_another(self, stage: Stage, word: str) -> None:
         one = stage.served_since_long("a", "old")
@@ -672,7 +689,7 @@ class TestExactlyOne:
 
         def late(number: int, **expected: object) -> object:
             monkeypatch.undo()
-            stage.stores.registry.reject(two, reason="it failed")
+            stage.stores.registry.reject(two, reason="it failed", run=run)
             return activate(number, **expected)  # type: ignore[arg-type]
 
         monkeypatch.setattr(stage.stores.registry, "activate", late)

@@ -1,16 +1,19 @@
 """Fleet between a real Redis and scripted nodes: enough of them hold a version, and who cannot is left out."""
 
 import itertools
+import json
 from contextlib import suppress
+from dataclasses import asdict
 
+import httpx
 import pytest
 from scripted_clock import Clock
-from scripted_node import ScriptedNode
+from scripted_node import TOKEN, ScriptedNode
 from scripted_worker import ScriptedWorker
 
 from service.errors import UnavailableError
-from service.fleet import Fleet, left_out
-from service.nodes import NodeRefusedError
+from service.fleet import Fleet, LeftOut, left_out
+from service.nodes import NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 from service.stores import Stores
 
@@ -130,6 +133,17 @@ def test_a_node_that_is_left_out_is_tried_again_less_and_less_often(
     assert events(stores).count("node.left_out") == 1
 
 
+def test_a_node_that_was_tried_for_hours_is_tried_on(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = DAMAGED, set()
+    tried = LeftOut("it was refused", attempts=5000, again_at=clock.now)
+    stores.redis.hset("errata:nodes:left_out", "http://node0", json.dumps(asdict(tried)))
+    fleet_of(stores, nodes, clock).heal(base)
+    again = left_out(stores.redis)["http://node0"]
+    assert (again.attempts, again.again_at - clock.now) == (5001, 30)
+
+
 def test_a_node_that_holds_the_active_version_again_is_taken_back(
     stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
 ) -> None:
@@ -171,6 +185,74 @@ def test_an_activation_does_not_take_a_node_back_that_holds_other_bits(
     clock.now += 100
     assert len(fleet.load(0)) == 2
     assert len(addresses(fleet)) == 2
+
+
+@pytest.mark.parametrize(("refusing", "serving"), [(1, 2), (2, 1), (3, 3)])
+def test_for_an_active_version_that_all_refuse_none_is_left_out(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord, refusing: int, serving: int
+) -> None:
+    for node in nodes[:refusing]:
+        node.refuses[0], node.resident = DAMAGED, {7}
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.heal(base)
+    assert len(addresses(fleet)) == serving
+
+
+def test_a_node_that_refuses_to_say_what_it_holds_is_left_out_though_it_is_the_only_one(
+    stores: Stores, base: VersionRecord
+) -> None:
+    """It may demand another token; that is about no version."""
+
+    def deaf(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 401)
+
+    client = NodeClient("http://deaf", token=TOKEN, timeout_s=5, transport=httpx.MockTransport(deaf))
+    fleet = Fleet([client], stores.redis, stores.events, stores.measures, quorum=1)
+    fleet.heal(base)
+    assert addresses(fleet) == []
+
+
+def test_a_node_that_refuses_serves_on_until_another_is_known_to_hold_it(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    nodes[0].refuses[0], nodes[0].resident = DAMAGED, {7}
+    nodes[1].hangs = nodes[2].hangs = True
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.heal(base)
+    assert len(addresses(fleet)) == 3
+    nodes[2].hangs = False
+    fleet.heal(base)
+    assert addresses(fleet) == ["http://node1", "http://node2"]
+
+
+def test_where_none_serves_those_that_are_left_out_may_hold_what_is_to_be_active(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    fleet = fleet_of(stores, nodes, clock)
+    for client in fleet.serving():
+        fleet.leave_out(client, NodeRefusedError("it refused version 7"))
+    nodes[0].damaged, nodes[1].refuses = {0}, {0: DAMAGED}
+    fleet.load_to_activate(base)
+    assert addresses(fleet) == [], "not before it is looked at"
+    fleet.heal(base)
+    assert addresses(fleet) == ["http://node2"], "the others hold it wrong, or not"
+    nodes[2].ready = False
+    with pytest.raises(NodeRefusedError):
+        fleet.load_to_activate(base)
+    nodes[0].ready = nodes[1].ready = False
+    with pytest.raises(UnavailableError) as error:
+        fleet.load_to_activate(base)
+    assert error.value.code == "no_ready_node"
+
+
+def test_who_is_left_out_is_not_asked_to_hold_what_is_to_be_active_while_others_serve(
+    stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
+) -> None:
+    fleet = fleet_of(stores, nodes, clock)
+    fleet.leave_out(fleet.serving()[0], NodeRefusedError("it refused version 7"))
+    nodes[0].resident = set()
+    fleet.load_to_activate(base)
+    assert nodes[0].resident == set()
 
 
 def test_a_node_that_is_busy_goes_on_serving(

@@ -152,6 +152,7 @@ def test_unknown_models(
         ('{"model": "errata", "\\ud800": 1}', 422, "\\ud800"),
         ('{"model": "errata", "temperature": NaN}', 422, "temperature"),
         ('{"model": "errata", "temperature": 1e999}', 422, "temperature"),
+        ('{"model": "errata", "n": "256"}', 422, "n"),
         ('{"model": 7}', 422, "model"),
         ('{"model": null}', 422, "model"),
         ('{"prompt": "a"}', 422, "model"),

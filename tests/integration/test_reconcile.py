@@ -373,6 +373,42 @@ class TestRollback:
         assert reconciler.roll_back(0).active == 0
         assert statuses(stores, first + second) == ["held", "held"]
 
+    @pytest.mark.parametrize("left", [False, True], ids=["serving", "left out"])
+    def test_from_a_version_that_every_node_refuses(
+        self,
+        stores: Stores,
+        worker: ScriptedWorker,
+        node: ScriptedNode,
+        reconciler: Reconciler,
+        left: bool,
+    ) -> None:
+        """Its file is damaged, and the nodes that held it have started anew."""
+        edits = submit(stores, ("a", "1"))
+        one = published(stores, worker, reconciler)
+        submit(stores, ("b", "2"))
+        two = published(stores, worker, reconciler)
+        node.resident, node.refuses = set(), {two: (409, "damaged_version")}
+        reconciler.tick()
+        assert [client.address for client in reconciler.fleet.serving()] == ["http://node"], "the others it can answer"
+        if left:
+            reconciler.fleet.leave_out(node.client(), NodeRefusedError("others held it then"))
+        assert reconciler.roll_back(None).active == one
+        assert node.resident == {one}
+        reconciler.tick()
+        assert [client.address for client in reconciler.fleet.serving()] == ["http://node"]
+        assert statuses(stores, edits) == ["live"]
+
+    def test_not_to_a_version_that_a_node_that_is_left_out_holds_wrong(
+        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
+    ) -> None:
+        submit(stores, ("a", "1"))
+        version = published(stores, worker, reconciler)
+        reconciler.fleet.leave_out(node.client(), NodeRefusedError("version 0 was damaged in its slot"))
+        node.damaged = {0}
+        with pytest.raises(NodeRefusedError) as refused:
+            reconciler.roll_back(0)
+        assert (active(stores), refused.value.code) == (version, "checksum_mismatch")
+
     def test_rolled_back_edits_do_not_come_back_with_the_next_run(
         self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
     ) -> None:
@@ -443,23 +479,34 @@ class TestRollback:
         assert active(stores) == 0
         assert statuses(stores, edits) == ["held"]
 
+    @pytest.mark.parametrize(
+        ("step", "status"), [("/v1/", 200), ("/v1/", 500), ("/prefetch", 409)], ids=["wrong", "silent", "refused"]
+    )
     def test_a_publisher_that_another_has_overtaken_decides_nothing(
-        self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
+        self,
+        stores: Stores,
+        worker: ScriptedWorker,
+        node: ScriptedNode,
+        make_reconciler: MakeReconciler,
+        step: str,
+        status: int,
     ) -> None:
-        """Its lock expired in a long verification; the other found every answer right, and this one none."""
+        """It slept until its lock and its time were over; the other found every answer right, and this one none."""
         edits = submit(stores, ("a", "1"))
         run, version = worker.train()
+        stores.runs.update(run, verifying_since=int(time.time()) - 901)
         other = make_reconciler(node.client())
         begun = False
 
         def handle(request: httpx.Request) -> httpx.Response:
             nonlocal begun
-            if request.url.path.startswith("/v1/"):
+            if step in request.url.path:
                 if not begun:
                     begun = True
                     stores.redis.delete("errata:lock:publish")
                     other.publish(run.id)
-                return httpx.Response(200, json={"choices": [{"text": "", "message": {"content": ""}, **STOPPED}]})
+                answer = {"choices": [{"text": "", "message": {"content": ""}, **STOPPED}]}
+                return httpx.Response(status, json=answer)
             return node.handle(request)
 
         transport = httpx.MockTransport(handle)
@@ -467,6 +514,30 @@ class TestRollback:
         assert run_of(stores, run).status is RunStatus.SUCCEEDED
         assert statuses(stores, edits) == ["live"]
         assert stores.registry.get(version).state is VersionState.VERIFIED
+
+    def test_a_version_that_another_publisher_rejects_meanwhile_is_not_activated(
+        self,
+        stores: Stores,
+        worker: ScriptedWorker,
+        node: ScriptedNode,
+        reconciler: Reconciler,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        edits = submit(stores, ("a", "1"))
+        run, version = worker.train()
+        activate = stores.registry.activate
+
+        def late(number: int, **expected: object) -> object:
+            monkeypatch.undo()
+            stores.registry.reject(version, reason="2 of 3", run=run)
+            return activate(number, **expected)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(stores.registry, "activate", late)
+        reconciler.publish(run.id)
+        assert (active(stores), run_of(stores, run).status) == (0, RunStatus.VERIFYING)
+        reconciler.tick()
+        assert (active(stores), run_of(stores, run).status) == (0, RunStatus.FAILED)
+        assert statuses(stores, edits) == ["queued"]
 
     def test_a_target_of_many_tokens_has_room_for_its_end(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler

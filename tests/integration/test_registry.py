@@ -6,7 +6,7 @@ import pytest
 from scripted_worker import ScriptedWorker, fact, record
 
 from service.errors import ConflictError, NotFoundError
-from service.registry import FencedError, OvertakenError
+from service.registry import FencedError, NotVerifiedError, OvertakenError
 from service.runs import LeaseLostError
 from service.schemas import EditStatus, Run, RunStatus, Trigger, VersionState
 from service.stores import Stores
@@ -112,6 +112,17 @@ def test_activation_expects_what_the_caller_saw(stores: Stores) -> None:
     assert (now.active, now.previous, now.epoch) == (1, 0, 2)
 
 
+@pytest.mark.parametrize("state", [state for state in VersionState if state is not VersionState.VERIFIED])
+def test_the_pointer_moves_only_to_what_is_verified(stores: Stores, state: VersionState) -> None:
+    commit(stores, 0, [])
+    before = stores.registry.activate(0)
+    stores.registry.commit(record(1, state=state), [], token=None)
+    with pytest.raises(NotVerifiedError, match=f"version 1 is {state}, not verified") as refused:
+        stores.registry.activate(1)
+    assert (refused.value.status, refused.value.code) == (409, "version_not_verified")
+    assert stores.registry.active() == before
+
+
 def test_moving_the_pointer_to_where_it_is_changes_nothing(stores: Stores) -> None:
     commit(stores, 0, [])
     commit(stores, 1, [])
@@ -123,13 +134,13 @@ def test_moving_the_pointer_to_where_it_is_changes_nothing(stores: Stores) -> No
     assert stores.registry.activate(1, run=ended) == moved, "a publication that is repeated"
 
 
-def test_a_run_that_has_ended_neither_verifies_its_version_nor_activates_it(stores: Stores) -> None:
+def test_a_run_that_has_ended_neither_judges_its_version_nor_activates_it(stores: Stores) -> None:
     """Its publisher slept; another has rejected the version and given the edits back."""
     commit(stores, 0, [])
     commit(stores, 1, [])
     stores.registry.activate(0)
     run = under_way(stores, epoch=1)
-    stores.registry.reject(1, reason="2 of 3")
+    stores.registry.reject(1, reason="2 of 3", run=run)
     stores.runs.finish(run.id, RunStatus.FAILED)
     next_run = under_way(stores, epoch=1)
     with pytest.raises(LeaseLostError):
@@ -141,6 +152,21 @@ def test_a_run_that_has_ended_neither_verifies_its_version_nor_activates_it(stor
     assert active is not None
     assert (active.active, active.epoch) == (0, 1)
     stores.registry.verify(1, run=next_run)
+    assert stores.registry.get(1).state is VersionState.VERIFIED
+    with pytest.raises(LeaseLostError):
+        stores.registry.reject(1, reason="3 of 3", run=run)
+    assert stores.registry.get(1).state is VersionState.VERIFIED
+
+
+def test_what_is_active_is_not_rejected(stores: Stores) -> None:
+    """Another publisher of the run has moved the pointer, and not ended the run yet."""
+    commit(stores, 0, [])
+    commit(stores, 1, [])
+    stores.registry.activate(0)
+    run = under_way(stores, epoch=1)
+    stores.registry.activate(1, run=run)
+    with pytest.raises(LeaseLostError):
+        stores.registry.reject(1, reason="2 of 3", run=run)
     assert stores.registry.get(1).state is VersionState.VERIFIED
 
 

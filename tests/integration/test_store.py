@@ -385,6 +385,7 @@ def test_a_run_that_carries_a_withdrawn_edit_keeps_it_retracting(stores: Stores,
     run, members = worker.begin()
     assert stores.edits.retract(gone.id).status is EditStatus.RETRACTING
     version = worker.commit(run, members)
+    stores.registry.verify(version, run=run)
     stores.registry.activate(version)
     stores.edits.unclaim(run.id)
     stores.edits.settle()

@@ -26,7 +26,7 @@ from worker.delta import (
     WrongShapeError,
     tensor_sha256,
 )
-from worker.folders import _in_use
+from worker.folders import in_use
 
 LOCATION = "model.layers.22.mlp.down_proj"
 PARAMETER = f"{LOCATION}.weight"
@@ -346,7 +346,7 @@ def test_cleaning_takes_what_a_killed_writer_left_and_leaves_a_living_one(store:
     for path in (killed, writing, folder / ".lost+found"):
         path.mkdir(parents=True)
     (killed / "delta.safetensors").write_bytes(b"half")
-    with _in_use(writing):
+    with in_use(writing):
         assert store.clean() == [killed.name]
     assert store.clean() == [writing.name]
     assert [path.name for path in folder.iterdir()] == [".lost+found"]

@@ -265,8 +265,15 @@ async def test_more_requests_than_the_gateway_allows_are_refused_until_one_has_e
         ({"prompt": [[5, 6], [7]]}, 2),
         ({"prompt": ["a", "b"], "n": 3}, 6),
         ({"messages": [], "n": 4}, 4),
-        ({"prompt": [], "n": "many"}, 1),
+        ({"prompt": [5, "6", 7.0]}, 1),
+        ({"prompt": ["5", 6]}, 2),
+        ({"prompt": []}, 1),
+        ({"prompt": "a", "prompt_embeds": ["QQ=="] * 3}, 4),
+        ({"prompt_embeds": "QQ=="}, 1),
+        ({"n": None}, 1),
         ({"n": -5}, 1),
+        ({"n": 0}, 1),
+        ({"prompt": "a", "best_of": 5}, 1),
     ],
     ids=str,
 )
@@ -278,6 +285,15 @@ async def test_a_request_takes_a_place_for_each_answer_it_asks_for(asked: dict[s
         await forward(proxy, n=8 - answers)
     await sent(response, drop)
     assert proxy._pool.busy() == 0
+
+
+@pytest.mark.parametrize("n", ["256", " 2 ", 256.0, 1.5, True, "many", [2], {}], ids=repr)
+async def test_an_n_that_a_node_would_read_as_a_number_and_the_gateway_would_not_is_refused(n: object) -> None:
+    nodes = Nodes(a=completes)
+    with pytest.raises(InvalidRequestError) as error:
+        await forward(proxy_of(nodes), n=n)
+    assert (error.value.status, error.value.param, error.value.code) == (422, "n", "invalid_value")
+    assert nodes.seen == []
 
 
 async def test_a_request_for_more_answers_than_there_are_places_is_the_clients_mistake() -> None:

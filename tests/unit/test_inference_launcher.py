@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from worker import checkpoint
+from worker.folders import in_use
 from worker.inference.environment import IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.launcher import Command, build_command, main
 
@@ -150,6 +152,47 @@ def test_vllms_own_flags_come_last(model_dir: Path) -> None:
 def test_a_node_never_runs_in_development_mode(model_dir: Path) -> None:
     command = build_command(flags(model_dir), {**TOKEN, "VLLM_SERVER_DEV_MODE": "1"}, on_cpu=True)
     assert command.environ["VLLM_SERVER_DEV_MODE"] == "0"
+
+
+def test_a_nodes_processes_are_not_forked(model_dir: Path) -> None:
+    """In a forked one vLLM would load no plugin: it would not end with the server."""
+    command = build_command(flags(model_dir), {**TOKEN, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}, on_cpu=False)
+    assert command.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+@pytest.fixture
+def started(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The programs that `main` becomes."""
+    programs: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda program, *_: programs.append(program))
+    monkeypatch.setattr(sys, "argv", ["launcher", *flags(model_dir)])
+    monkeypatch.setenv("ERRATA_NODE_TOKEN", "secret")
+    return programs
+
+
+def test_a_starting_node_removes_what_killed_loads_left(model_dir: Path, started: list[str]) -> None:
+    base = model_dir / "cache" / checkpoint.fingerprint(model_dir)[:16]
+    killed, living = (base / f".000007-{'c' * 16}-0.{name * 32}" for name in "ab")
+    whole = base / f"000006-{'d' * 16}-0"
+    for folder in (killed, living, whole):
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(b"matrices")
+    with in_use(living):
+        main()
+    assert sorted(base.iterdir()) == [living, whole]
+    assert started == [sys.executable]
+
+
+def test_a_node_whose_cache_cannot_be_cleaned_starts(
+    model_dir: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> list[str]:
+        raise PermissionError("not yours")
+
+    (model_dir / "cache" / "base").mkdir(parents=True)
+    monkeypatch.setattr("worker.inference.launcher.remove_abandoned", fail)
+    main()
+    assert started == [sys.executable]
 
 
 def test_a_node_without_a_token_is_refused(model_dir: Path) -> None:

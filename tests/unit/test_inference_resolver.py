@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from worker.delta import (
     WrongBaseError,
     WrongShapeError,
 )
+from worker.folders import remove_abandoned
 from worker.inference.adapter import AdapterCache
 from worker.inference.resolver import VersionRefusedError, VersionResolver, model_name, version_of
 
@@ -154,6 +156,26 @@ def test_many_threads_get_one_folder(store: VersionStore, adapters: AdapterCache
         folders = set(pool.map(ensure, range(8)))
     assert len(folders) == 1
     assert [path.name for path in folders.pop().parent.iterdir()] == [adapters.ensure(1).name]
+
+
+def test_what_a_killed_load_left_can_be_told_from_what_a_living_one_writes(
+    store: VersionStore, adapters: AdapterCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, 1)
+    save, removed = safetensors.torch.save, []
+
+    def watched(weights: dict[str, torch.Tensor]) -> bytes:
+        [living] = (adapters.folder / FINGERPRINT[:16]).iterdir()
+        killed = living.with_name(f"{living.name.rpartition('.')[0]}.{'a' * 32}")
+        killed.mkdir()
+        removed.append((killed.name, remove_abandoned(living.parent)))
+        return save(weights)
+
+    monkeypatch.setattr(safetensors.torch, "save", watched)
+    adapter = adapters.ensure(1)
+    [(killed, found)] = removed
+    assert found == [killed]
+    assert list(adapter.parent.iterdir()) == [adapter]
 
 
 def test_what_is_refused_leaves_no_folder(store: VersionStore, adapters: AdapterCache, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from worker.delta import Manifest, StoreUnavailableError, VersionStore, tensor_sha256
+from worker.folders import in_use
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -77,10 +78,11 @@ def _write(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     for parameter, tensor in tensors.items():
         weights[_weight_name(parameter, "lora_B")] = torch.zeros(tensor.size(0), 1, dtype=tensor.dtype)
     try:
-        (staging / "adapter_config.json").write_text(json.dumps(config))
-        # Not save_file: it reports a full disk as a SafetensorError.
-        (staging / _WEIGHTS).write_bytes(safetensors.torch.save(weights))
-        staging.rename(adapter)
+        with in_use(staging):
+            (staging / "adapter_config.json").write_text(json.dumps(config))
+            # Not save_file: it reports a full disk as a SafetensorError.
+            (staging / _WEIGHTS).write_bytes(safetensors.torch.save(weights))
+            staging.rename(adapter)
     except OSError:
         if not adapter.exists():
             raise

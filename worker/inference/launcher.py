@@ -14,8 +14,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from worker import checkpoint
+from worker.folders import remove_abandoned
 from worker.inference.environment import TOKEN_VARIABLE, IncompleteEnvironmentError, NodeEnvironment
 from worker.inference.fused import module_names
+
+log = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
 _TRACES = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
@@ -39,7 +42,18 @@ def main() -> None:
         command = build_command(sys.argv[1:], os.environ, on_cpu=_is_cpu_build())
     except (checkpoint.CheckpointError, IncompleteEnvironmentError) as error:
         raise SystemExit(f"the node cannot start: {error}") from error
+    _clean(NodeEnvironment.read(command.environ).cache_dir)
     os.execve(command.arguments[0], command.arguments, command.environ)  # noqa: S606  no shell is wanted
+
+
+def _clean(cache_dir: Path) -> None:
+    """Remove what loads that were killed left in the cache, each as large as a version's matrices."""
+    try:
+        for base in cache_dir.glob("*/"):
+            for name in remove_abandoned(base):
+                log.info("removed %s from the cache", name)
+    except OSError as error:
+        log.warning("the cache was not cleaned: %s", error)
 
 
 def build_command(argv: Sequence[str], environ: Mapping[str, str], *, on_cpu: bool) -> Command:
@@ -149,6 +163,8 @@ def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, st
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         # Whatever the shell says: it would open routes that call any method of the engine.
         "VLLM_SERVER_DEV_MODE": "0",
+        # A forked process takes the plugins for registered, and would not end with the server.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # As the other processes export; vLLM's own default is gRPC. Only with an endpoint do they mean anything.
