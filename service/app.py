@@ -15,7 +15,7 @@ from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts, SharedPull
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
-from service.api.scopes import document_scopes
+from service.api.scopes import KEYLESS, document_scopes
 from service.draining import stop_announced
 from service.fleet import left_out
 from service.gateway import router as gateway
@@ -64,7 +64,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
+    app.add_middleware(
+        BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}), unread=KEYLESS
+    )
     app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
     app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(Measured, metrics=measured)
