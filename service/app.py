@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from service.api import audit, edits, events, health, metrics, runs, versions
 from service.api.access import KeyDemand, require_a_key
-from service.api.dependencies import Parts, SharedPull
+from service.api.dependencies import Parts, Shared
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import KEYLESS, document_scopes
@@ -95,7 +95,7 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
     app.state.proxy = Proxy(pool, max_answers=chosen.gateway_max_answers)
     app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
     await traffic.start()
-    # On a connection of its own: a scrape would rather do without Redis than wait for it.
+    # On a connection of its own: a scrape or a probe would rather do without Redis than wait for it.
     watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
     app.state.metrics.registry.register(StateCollector(watched))
     app.state.metrics.registry.register(NodeCollector(pool.readiness))
@@ -106,7 +106,8 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
             stores=stores,
             versions=VersionReader(async_redis),
             reconciler=reconciler,
-            pull=SharedPull(reconciler.pull),
+            pull=Shared(reconciler.pull),
+            health=Shared(partial(health.look, watched, pool)),
             checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
             async_redis=async_redis,
             followers=followers,
