@@ -12,10 +12,10 @@ from fastapi import FastAPI
 
 from service.api import audit, edits, events, health, metrics, runs, versions
 from service.api.access import KeyDemand, require_a_key
-from service.api.dependencies import Parts, SharedPull
+from service.api.dependencies import Parts, Shared
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
-from service.api.scopes import document_scopes
+from service.api.scopes import KEYLESS, document_scopes
 from service.draining import stop_announced
 from service.fleet import left_out
 from service.gateway import router as gateway
@@ -64,7 +64,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}))
+    app.add_middleware(
+        BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}), unread=KEYLESS
+    )
     app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
     app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(Measured, metrics=measured)
@@ -93,7 +95,7 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
     app.state.proxy = Proxy(pool, max_answers=chosen.gateway_max_answers)
     app.state.canary = traffic = CanaryTraffic(stores.canaries, share=chosen.canary_share, keys=chosen.canary_keys)
     await traffic.start()
-    # On a connection of its own: a scrape would rather do without Redis than wait for it.
+    # On a connection of its own: a scrape or a probe would rather do without Redis than wait for it.
     watched = Stores.connect(chosen, patience_s=PATIENCE_S, retries=0)
     app.state.metrics.registry.register(StateCollector(watched))
     app.state.metrics.registry.register(NodeCollector(pool.readiness))
@@ -104,7 +106,8 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
             stores=stores,
             versions=VersionReader(async_redis),
             reconciler=reconciler,
-            pull=SharedPull(reconciler.pull),
+            pull=Shared(reconciler.pull),
+            health=Shared(partial(health.look, watched, pool)),
             checker=EditChecker.load(chosen.model, max_tokens=chosen.edit_max_tokens),
             async_redis=async_redis,
             followers=followers,

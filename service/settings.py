@@ -160,7 +160,11 @@ class Settings(BaseModel):
         "more are refused with 429",
     )
     client_timeout_s: float = Field(
-        default=30.0, gt=0, description="A client that neither sends nor takes a byte for so long is given up, seconds"
+        default=30.0,
+        gt=0,
+        le=86400,
+        description="A client that sends no whole headers, less than 16 KiB of a body, or takes nothing of its answer "
+        "for so long is given up, seconds",
     )
     shutdown_grace_s: int = Field(
         default=20, ge=1, le=25, description="Time that answers under way have when the service is stopped, seconds"

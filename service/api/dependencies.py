@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 from fastapi import Depends, Request
 from redis.asyncio import Redis as AsyncRedis
@@ -11,30 +11,33 @@ from starlette.concurrency import run_in_threadpool
 
 from service.reconcile import Reconciler
 from service.registry import VersionReader
+from service.schemas import Health
 from service.settings import Settings
 from service.stores import Stores
 from service.tokens import EditChecker
 
+T = TypeVar("T")
 
-class SharedPull:
-    """``Reconciler.pull`` for many requests at once: those that come while one is under way share the next one."""
 
-    def __init__(self, pull: Callable[[], None]) -> None:
-        self._pull = pull
+class Shared(Generic[T]):
+    """A function for many requests at once: those that come while it is under way share the next time."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
         self._one_at_a_time = asyncio.Lock()
-        self._next: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[T] | None = None
 
-    async def __call__(self) -> None:
-        """Returns after a pull that began after the call."""
+    async def __call__(self) -> T:
+        """Returns what it returned, begun after the call; it has one thread at most."""
         if self._next is None:
             self._next = asyncio.create_task(self._run())
         # The others wait for it too.
-        await asyncio.shield(self._next)
+        return await asyncio.shield(self._next)
 
-    async def _run(self) -> None:
+    async def _run(self) -> T:
         async with self._one_at_a_time:
             self._next = None
-            await run_in_threadpool(self._pull)
+            return await run_in_threadpool(self._function)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Parts:
     stores: Stores
     versions: VersionReader
     reconciler: Reconciler
-    pull: SharedPull
+    pull: Shared[None]
+    health: Shared[Health]
     checker: EditChecker
     async_redis: AsyncRedis
     followers: AsyncRedis

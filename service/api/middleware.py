@@ -1,8 +1,7 @@
-"""ASGI middleware: a request id on every answer, its span, no client that stalls, no body that is too large."""
+"""ASGI middleware: a request id on every answer, its span, no body that is too slow or too large."""
 
 import asyncio
 import json
-import logging
 import re
 import secrets
 import time
@@ -16,7 +15,8 @@ from service.logs import bound
 from service.metrics.process import METHODS, ServiceMetrics
 from service.tracing import continued, span
 
-log = logging.getLogger(__name__)
+PACE_BYTES = 16 * 1024
+"""With the default patience a modem keeps this pace."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -121,9 +121,9 @@ class Measured:
 
 
 class ClientPace:
-    """Gives up a client that neither sends the rest of its body nor takes its answer for so many seconds.
+    """Gives up a client that does not send its body at a pace, so many seconds for each ``PACE_BYTES`` of it.
 
-    What it holds (a node's stream, a place among the gateway's requests) is free again then.
+    One that does not take its answer is the connection's matter (`service.server`).
     """
 
     def __init__(self, app: ASGIApp, *, timeout_s: float) -> None:
@@ -137,49 +137,56 @@ class ClientPace:
             return
         body_is_whole = False
         answered = False
+        came, left_s = 0, self._timeout_s
 
         async def receive_in_time() -> Message:
-            nonlocal body_is_whole
+            nonlocal body_is_whole, came, left_s
             # Behind the body comes nothing but the client's leaving, which may take as long as it likes.
             if body_is_whole:
                 return await receive()
+            # Only the waiting counts: between two parts it is the service that takes its time.
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(left_s):
                     message = await receive()
             except TimeoutError as error:
-                raise ClientTooSlowError(f"no part of the body came for {self._timeout_s:g} s", param="body") from error
+                raise ClientTooSlowError(
+                    f"less than {PACE_BYTES} bytes of the body came in {self._timeout_s:g} s", param="body"
+                ) from error
+            left_s -= time.monotonic() - began
+            came += len(message.get("body", b""))
+            if came >= PACE_BYTES:
+                came, left_s = 0, self._timeout_s
             body_is_whole = not message.get("more_body", False)
             return message
 
-        async def send_in_time(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal answered
             answered = True
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    await send(message)
-            except TimeoutError as error:
-                raise _ClientStalledError from error
+            await send(message)
 
         try:
-            await self._app(scope, receive_in_time, send_in_time)
+            await self._app(scope, receive_in_time, send_noted)
         except ClientTooSlowError as error:
             if not answered:
-                await refuse(send_in_time, error)
-        except _ClientStalledError:
-            log.warning("client.stalled", extra={"path": scope["path"], "seconds": self._timeout_s})
-
-
-class _ClientStalledError(Exception):
-    """The client does not take its answer."""
+                await refuse(send, error)
 
 
 class BodyLimit:
-    """Reads a body before the application does, and answers 413 once it is too large."""
+    """Reads a body before the application does, and answers 413 once it is too large.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, streamed: frozenset[str]) -> None:
+    Args:
+        app: what is served.
+        max_bytes: the largest body.
+        streamed: paths whose bodies the application reads itself.
+        unread: paths for which no body is read.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, streamed: frozenset[str], unread: frozenset[str]) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._streamed = streamed
+        self._unread = unread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -187,7 +194,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         body = bytearray()
-        more = True
+        more = scope["path"] not in self._unread
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":

@@ -47,6 +47,9 @@ SCOPES: Mapping[tuple[str, str], Scope | None] = MappingProxyType(
 )
 """By method and path; None is open to all. A route that is not here answers nobody who must show a key."""
 
+KEYLESS = frozenset(path for (_, path), scope in SCOPES.items() if scope is None)
+"""Paths that are open to all. No body is read for them: nobody would answer for it."""
+
 _NAME = "api_key"
 _DESCRIPTION = (
     "A key made by `errata keys create`; not asked for on a loopback address unless ERRATA_AUTH is `required`"

@@ -27,6 +27,7 @@ def serving(settings: Settings) -> Iterator[str]:
             host="127.0.0.1",
             port=0,
             http=protocol(settings),
+            ws="none",
             log_config=None,
             lifespan="on",
             timeout_graceful_shutdown=1,

@@ -1,10 +1,14 @@
 """Who is let in, over the real application, a real Redis and real sockets."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -95,6 +99,22 @@ def test_without_a_usable_key_nothing_but_health_opens(api: httpx.Client, stores
     assert api.get("/edits", headers=bearer(other.key)).status_code == 200
     assert api.get("/edits", headers={"Authorization": f"bearer {other.key}"}).status_code == 200
     assert stores.edits.counts() == dict.fromkeys(stores.edits.counts(), 0), "nothing was stored"
+
+
+def test_readiness_holds_nobody_up_while_nodes_hang(module_settings: Settings, stores: Stores) -> None:
+    key = stores.keys.create("one", [Scope.READ]).key
+    with ExitStack() as opened:
+        # They take connections and say nothing.
+        hung = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        nodes = tuple(f"http://127.0.0.1:{server.getsockname()[1]}" for server in hung)
+        url = opened.enter_context(serving(module_settings.model_copy(update={"nodes": nodes})))
+        anonymous = opened.enter_context(ThreadPoolExecutor(60))
+        asked = [anonymous.submit(httpx.get, f"{url}/health/ready", timeout=60) for _ in range(60)]
+        wait(asked, timeout=1)
+        began = time.monotonic()
+        assert httpx.get(f"{url}/edits", headers=bearer(key), timeout=60).status_code == 200
+        assert time.monotonic() < began + 2, "less than looking at both takes"
+        assert {one.result().json()["checks"]["node"]["detail"] for one in asked} == {"no node is ready"}
 
 
 def test_what_is_not_there_is_told_to_holders_of_keys_only(api: httpx.Client, stores: Stores) -> None:

@@ -468,9 +468,16 @@ class TestVersionsAndRuns:
             "version": False,
         }
         ScriptedWorker(stores).register_base()
-        stores.runs.beat("worker")
+        stores.runs.beat("train@host")
         ready = api.get("/health/ready")
         assert (ready.status_code, ready.json()["ready"], ready.json()["active"]) == (200, True, 0)
+        # No word of where node and worker are: whoever asks has shown no key.
+        assert {name: check["detail"] for name, check in ready.json()["checks"].items()} == {
+            "redis": "answers",
+            "node": "1 ready",
+            "train_worker": "1 heard of",
+            "version": "version 0 is active",
+        }
 
 
 def events_of(lines: Iterator[str], count: int) -> list[dict[str, Any]]:
@@ -558,12 +565,36 @@ async def test_redis_away_is_a_503_in_the_same_shape(tmp_path: Path, settings: S
                 assert_error(answer, 503, code="redis_unavailable")
             assert (await api.get("/health/live")).status_code == 200
             health = await api.get("/health/ready")
-            assert (health.status_code, health.json()["checks"]["redis"]["ok"]) == (503, False)
+            assert (health.status_code, health.json()["checks"]) == (
+                503,
+                {"redis": {"ok": False, "detail": "does not answer"}},
+            )
             server.start()
             found = (await api.get("/edits")).json()["data"]
             assert [edit["id"] for edit in found] == [accepted.json()["id"]]
     finally:
         server.stop()
+
+
+async def test_those_who_ask_for_readiness_at_once_share_a_look(
+    settings: Settings, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def active(_: object) -> None:
+        looks.append(1)
+        time.sleep(0.5)
+
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
+    ):
+        monkeypatch.setattr("service.registry.VersionRegistry.active", active)
+        answers = await asyncio.gather(*(api.get("/health/ready") for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {503}
+    assert len(looks) <= 2, "the one under way and the next"
 
 
 async def test_an_edit_is_accepted_while_the_broker_refuses(

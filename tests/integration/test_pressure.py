@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from redis_server import RedisServer, free_port
 from scripted_worker import ScriptedWorker, fact
 from service_process import assert_error, serving
 
 from service import programs
+from service.api.middleware import PACE_BYTES
 from service.errors import BusyError
 from service.settings import Settings
 from service.store import EditStore, Idempotency, _new
@@ -27,6 +29,7 @@ from service.stores import Stores
 pytestmark = pytest.mark.timeout(90)
 
 ASK = {"model": "errata", "prompt": "a", "stream": True}
+LIVE = b"GET /health/live HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 @pytest.fixture
@@ -173,8 +176,9 @@ def test_the_gateway_takes_no_more_requests_than_it_may(pressed: Settings, endle
 
 
 def test_a_client_that_does_not_take_its_answer_gives_its_place_back(pressed: Settings, endless: EndlessNode) -> None:
-    # Enough to fill every buffer on the way.
-    endless.piece, endless.every_s = b"data: " + b"x" * 2**20 + b"\n\n", 0.0
+    # Enough to fill every buffer on the way. A node that never pauses would be read on a while behind a client that is
+    # gone: a stream is cancelled where it waits.
+    endless.piece, endless.every_s = b"data: " + b"x" * 2**20 + b"\n\n", 0.01
     with serving(pressed) as url:
         with connection(url) as stalled:
             stalled.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'))
@@ -200,6 +204,38 @@ def test_a_client_that_leaves_before_its_answer_relieves_the_node(
     assert 'errata_gateway_requests_total{outcome="aborted",version="0"} 1.0' in measured
 
 
+def test_a_connection_whose_client_takes_nothing_is_ended(pressed: Settings, endless: EndlessNode) -> None:
+    """A stream's, and one that is closed behind its last answer."""
+    endless.piece, endless.every_s = b"data: " + b"x" * 2**20 + b"\n\n", 0.01
+    last = b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    long_answers = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 100
+    with serving(pressed) as url:
+        for sent in (
+            request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'),
+            long_answers + last,
+        ):
+            with connection(url) as stalled:
+                stalled.sendall(sent)
+                stalled.recv(1024)
+                assert open_for(stalled)
+                deadline = time.monotonic() + 20
+                while open_for(stalled):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+
+
+def test_a_client_that_takes_its_answer_slowly_is_not_given_up(pressed: Settings, endless: EndlessNode) -> None:
+    endless.piece, endless.every_s = b"data: " + b"x" * 2**20 + b"\n\n", 0.01
+    with serving(pressed) as url, connection(url) as slow:
+        slow.settimeout(20)
+        slow.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'))
+        deadline = time.monotonic() + 8 * pressed.client_timeout_s
+        while time.monotonic() < deadline:
+            assert slow.recv(4096)
+            time.sleep(0.05)
+        assert not endless.broken_off.is_set()
+
+
 def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
     with serving(pressed) as url:
         for path in ("/edits", "/edits/import"):
@@ -207,6 +243,40 @@ def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
                 client.sendall(request(path, b'{"prompt": ', length=1000))
                 client.settimeout(20)
                 assert client.recv(4096).startswith(b"HTTP/1.1 408 "), path
+
+
+def test_a_body_that_drips_is_given_up(pressed: Settings) -> None:
+    with serving(pressed) as url:
+        for path in ("/edits", "/edits/import"):
+            with connection(url) as client:
+                client.sendall(request(path, b"", length=1000))
+                assert dripping(client, b"a").startswith(b"HTTP/1.1 408 "), path
+
+
+def test_no_body_is_waited_for_where_no_key_is_asked_for(pressed: Settings) -> None:
+    """Nor does the connection stay for it, or turn what is answered twice."""
+    with serving(pressed) as url:
+        for framing in (b"content-length: 1000", b"transfer-encoding: chunked"):
+            with connection(url) as client:
+                client.settimeout(20)
+                client.sendall(b"GET /health/live HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n\r\n")
+                assert_live(client)
+                part = b"a" if b"length" in framing else b"1\r\na\r\n"
+                assert dripping(client, part) == b""
+
+
+def test_a_body_that_ends_behind_its_answer_leaves_a_connection_that_ends(pressed: Settings) -> None:
+    with serving(pressed) as url, connection(url) as client:
+        client.settimeout(20)
+        client.sendall(b"GET /health/live HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n")
+        assert_live(client)
+        client.sendall(b"body" + LIVE)
+        assert_live(client)
+        client.sendall(b"GET /health/live HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n")
+        assert_live(client)
+        client.sendall(b"body")
+        assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
+        assert client.recv(4096) == b""
 
 
 def test_headers_that_do_not_end_are_given_up(pressed: Settings) -> None:
@@ -246,17 +316,83 @@ def test_endless_headers_are_refused(pressed: Settings) -> None:
         assert client.recv(4096).startswith(b"HTTP/1.1 431 ")
 
 
+def test_endless_trailers_are_refused(pressed: Settings) -> None:
+    head = b"POST /edits HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    with serving(pressed.model_copy(update={"client_timeout_s": 60})) as url:
+        for field in (b"x: " + b"a" * 1000 + b"\r\n", b"a" * 1000):
+            with connection(url) as client:
+                client.settimeout(20)
+                client.sendall(head + b"x: ")
+                with suppress(OSError):
+                    for _ in range(4000):
+                        client.sendall(field)
+                        time.sleep(0.001)
+                assert client.recv(4096).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_trailer_is_no_header(pressed: Settings, stores: Stores) -> None:
+    with serving(pressed) as url:
+        for target in (b"1", b"2"):
+            body = b'{"prompt": "a", "target": "%s"}' % target
+            with connection(url) as client:
+                client.settimeout(20)
+                client.sendall(
+                    b"POST /edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                    b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\nidempotency-key: k\r\n\r\n" % (len(body), body)
+                )
+                assert client.recv(4096).startswith(b"HTTP/1.1 202 ")
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", LIVE[:15]], ids=["line end", "part of a request"])
+def test_what_comes_behind_a_request_may_wait_for_its_answer(
+    pressed: Settings, endless: EndlessNode, behind: bytes
+) -> None:
+    endless.every_s = 0.2
+    with serving(pressed) as url, connection(url) as client:
+        client.settimeout(20)
+        client.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'))
+        answer = client.recv(4096)
+        client.sendall(behind)
+        began = time.monotonic()
+        while not answer.endswith(b"0\r\n\r\n"):
+            received = client.recv(4096)
+            assert received, answer
+            answer += received
+            if time.monotonic() > began + 3 * pressed.client_timeout_s:
+                endless.end.set()
+        assert answer.count(b"HTTP/1.1 ") == 1
+        client.sendall(LIVE.removeprefix(behind))
+        assert_live(client)
+
+
+@pytest.mark.parametrize(
+    "behind", [b"no HTTP\r\n\r\n", LIVE[:-2] + b"x: " + b"a" * 2**19], ids=["no HTTP", "endless headers"]
+)
+def test_what_is_refused_behind_a_request_is_not_answered_into_its_answer(
+    pressed: Settings, endless: EndlessNode, behind: bytes
+) -> None:
+    with serving(pressed) as url, connection(url) as client:
+        client.settimeout(20)
+        client.sendall(request("/v1/completions", b'{"model": "errata", "prompt": "a", "stream": true}'))
+        answer = client.recv(4096)
+        with suppress(OSError):
+            client.sendall(behind)
+            while received := client.recv(4096):
+                answer += received
+        assert answer.count(b"HTTP/1.1 ") == 1
+
+
 def test_a_long_body_in_time_and_a_slow_answer_are_no_slow_headers(pressed: Settings, endless: EndlessNode) -> None:
     endless.every_s = 0.2
     patience_s = 1.0
     settings = pressed.model_copy(update={"client_timeout_s": patience_s})
     with serving(settings) as url, connection(url) as client:
         client.settimeout(20)
-        body = b'{"model": "errata", "prompt": "a", "stream": true}'
+        body = b'{"model": "errata", "prompt": "a", "stream": true}' + b" " * 6 * PACE_BYTES
         client.sendall(request("/v1/completions", b"", length=len(body)))
-        for byte in range(0, len(body), 10):
+        for byte in range(0, len(body), PACE_BYTES):
             time.sleep(patience_s / 4)
-            client.sendall(body[byte : byte + 10])
+            client.sendall(body[byte : byte + PACE_BYTES])
         began, answer = time.monotonic(), b""
         while time.monotonic() < began + 2 * patience_s:
             answer += client.recv(4096)
@@ -326,6 +462,38 @@ def connection(url: str) -> socket.socket:
     client = socket.create_connection((host, int(port)))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     return client
+
+
+def assert_live(client: socket.socket) -> None:
+    """Reads one answer to ``LIVE``."""
+    answer = b""
+    while not answer.endswith(b'{"status":"ok"}'):
+        received = client.recv(4096)
+        assert received, answer
+        answer += received
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def dripping(client: socket.socket, part: bytes) -> bytes:
+    """What is answered, or the connection's end (nothing), while parts are sent one by one."""
+    client.settimeout(0.1)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            client.sendall(part)
+            return client.recv(4096)
+        except TimeoutError:
+            continue
+        except OSError:
+            return b""
+    raise AssertionError("still open")
+
+
+def open_for(client: socket.socket) -> bool:
+    """Whether the service, a thread of this process, has a socket for the client."""
+    peer = client.getsockname()
+    return any(found.raddr == peer for found in psutil.Process().net_connections("tcp"))
 
 
 def request(path: str, body: bytes, *, length: int | None = None) -> bytes:

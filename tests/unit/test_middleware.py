@@ -1,35 +1,33 @@
 """The pace that clients must keep, with scripted connections."""
 
 import asyncio
-from typing import Any
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.middleware import BodyLimit, ClientPace
+from service.api.middleware import PACE_BYTES, BodyLimit, ClientPace
 
 SCOPE: Scope = {"type": "http", "path": "/edits", "method": "POST", "headers": [], "asgi": {"spec_version": "2.4"}}
-TIMEOUT_S = 0.05
+TIMEOUT_S = 0.2
 
 
 class Connection:
-    """Gives its messages and then nothing more; takes so many of the answer's."""
+    """Gives its messages, each so long after the one before, and then nothing more."""
 
-    def __init__(self, *messages: Message, takes: int = 100) -> None:
+    def __init__(self, *messages: Message, every_s: float = 0) -> None:
         self.messages = list(messages)
-        self.takes = takes
+        self.every_s = every_s
         self.answer: list[Message] = []
 
     async def receive(self) -> Message:
+        await asyncio.sleep(self.every_s)
         if not self.messages:
             await asyncio.Event().wait()
         return self.messages.pop(0)
 
     async def send(self, message: Message) -> None:
-        if len(self.answer) >= self.takes:
-            await asyncio.Event().wait()
         self.answer.append(message)
 
     @property
@@ -55,7 +53,7 @@ async def waits_for_the_client_to_leave(scope: Scope, receive: Receive, send: Se
 
 
 async def serve(app: ASGIApp, connection: Connection, *, limited: bool = False) -> None:
-    inner = BodyLimit(app, max_bytes=1000, streamed=frozenset()) if limited else app
+    inner = BodyLimit(app, max_bytes=2**20, streamed=frozenset(), unread=frozenset()) if limited else app
     async with asyncio.timeout(5):
         await ClientPace(inner, timeout_s=TIMEOUT_S)(dict(SCOPE), connection.receive, connection.send)
 
@@ -73,32 +71,28 @@ async def test_a_client_that_stops_in_its_body_is_told() -> None:
     assert b'"client_too_slow"' in connection.answer[1]["body"]
 
 
+@pytest.mark.parametrize(("part_bytes", "status"), [(PACE_BYTES, 200), (1, 408)])
+async def test_a_body_may_take_long_if_it_comes_at_a_pace(part_bytes: int, status: int) -> None:
+    parts = [piece(b"a" * part_bytes, more=number < 9) for number in range(10)]
+    connection = Connection(*parts, every_s=TIMEOUT_S / 4)
+    await serve(echo, connection, limited=True)
+    assert connection.status == status
+
+
+async def test_what_the_service_does_between_two_parts_is_not_the_clients_time() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in Request(scope, receive).stream():
+            await asyncio.sleep(2 * TIMEOUT_S)
+        await PlainTextResponse("")(scope, receive, send)
+
+    connection = Connection(piece(b"a", more=True), piece(b"b", more=True), piece(b"", more=False), every_s=0.001)
+    await serve(slow, connection)
+    assert connection.status == 200
+
+
 async def test_behind_its_body_a_client_may_be_silent() -> None:
     with pytest.raises(TimeoutError):  # the application's own patience, not the middleware's
         await serve(waits_for_the_client_to_leave, Connection(piece(b"a", more=False)))
-
-
-async def test_a_client_that_takes_no_answer_is_given_up_and_the_stream_closed() -> None:
-    closed = asyncio.Event()
-
-    async def endless() -> Any:
-        try:
-            while True:
-                yield b"x"
-        finally:
-            closed.set()
-
-    async def streams(scope: Scope, receive: Receive, send: Send) -> None:
-        pieces = endless()
-        try:
-            await StreamingResponse(pieces)(scope, receive, send)
-        finally:
-            await pieces.aclose()
-
-    connection = Connection(piece(b"", more=False), takes=3)
-    await serve(streams, connection)
-    assert len(connection.answer) == 3
-    assert closed.is_set()
 
 
 async def test_another_protocol_is_passed_on() -> None:

@@ -1,4 +1,4 @@
-"""Many requests that each want a pull behind what they stored."""
+"""Many requests that each want the same, begun behind their own beginning: a pull behind what they stored."""
 
 import asyncio
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.api.dependencies import SharedPull
+from service.api.dependencies import Shared
 
 
 class Pulls:
@@ -18,11 +18,12 @@ class Pulls:
         self.ended = threading.Semaphore(0)
         self.fails = False
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         self.begun += 1
         assert self.ended.acquire(timeout=30)
         if self.fails:
             raise RuntimeError("no Redis")
+        return self.begun
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -34,7 +35,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 async def test_those_that_come_while_one_is_under_way_share_the_next() -> None:
     pulls = Pulls()
-    shared = SharedPull(pulls)
+    shared = Shared(pulls)
     first = asyncio.create_task(shared())
     await until(lambda: pulls.begun == 1)
     others = [asyncio.create_task(shared()) for _ in range(5)]
@@ -45,13 +46,12 @@ async def test_those_that_come_while_one_is_under_way_share_the_next() -> None:
     await until(lambda: pulls.begun == 2)
     assert not any(other.done() for other in others), "the one before began too early for them"
     pulls.ended.release()
-    await asyncio.gather(*others)
-    assert pulls.begun == 2
+    assert await asyncio.gather(*others) == [2] * 5
 
 
 async def test_a_failure_is_told_to_all_that_share_it_and_ends_there() -> None:
     pulls = Pulls()
-    shared = SharedPull(pulls)
+    shared = Shared(pulls)
     pulls.fails = True
     waiting = [asyncio.create_task(shared()) for _ in range(2)]
     pulls.ended.release()
@@ -66,7 +66,7 @@ async def test_a_failure_is_told_to_all_that_share_it_and_ends_there() -> None:
 
 async def test_who_leaves_ends_it_for_nobody_else() -> None:
     pulls = Pulls()
-    shared = SharedPull(pulls)
+    shared = Shared(pulls)
     leaves, stays = asyncio.create_task(shared()), asyncio.create_task(shared())
     await until(lambda: pulls.begun == 1)
     leaves.cancel()
