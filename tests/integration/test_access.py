@@ -16,7 +16,7 @@ import pytest
 from redis_server import RedisServer, free_port
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker
-from service_process import assert_error, serving
+from service_process import assert_error, in_process, serving
 from typer.testing import CliRunner
 
 from service.api import access
@@ -294,11 +294,7 @@ async def test_redis_away_lets_nobody_in(tmp_path: Path, module_settings: Settin
     app = create_app(module_settings.model_copy(update={"redis_url": server.url}))
     token = f"errata_key_{'0' * 24}_{'0' * 64}"
     try:
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
-        ):
+        async with in_process(app) as client:
             assert_refused(await client.get("/edits", headers=bearer(token)))
             server.stop()
             assert_error(await client.get("/edits", headers=bearer(token)), 503, code="redis_unavailable")

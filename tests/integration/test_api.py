@@ -14,7 +14,7 @@ import pytest
 from redis_server import RedisServer
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
-from service_process import assert_error, serving
+from service_process import assert_error, in_process, serving
 
 from service.app import create_app
 from service.events import BLOCK_S
@@ -541,12 +541,8 @@ async def test_redis_away_is_a_503_in_the_same_shape(tmp_path: Path, settings: S
     server = RedisServer(tmp_path)
     server.start()
     app = create_app(settings.model_copy(update={"redis_url": server.url}))
-    transport = httpx.ASGITransport(app)
     try:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
-        ):
+        async with in_process(app) as api:
             accepted = await api.post("/edits", json=GOOD)
             assert accepted.status_code == 202
             server.stop()
@@ -586,11 +582,7 @@ async def test_those_who_ask_for_readiness_at_once_share_a_look(
         time.sleep(0.5)
 
     app = create_app(settings)
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
-    ):
+    async with in_process(app) as api:
         monkeypatch.setattr("service.registry.VersionRegistry.active", active)
         answers = await asyncio.gather(*(api.get("/health/ready") for _ in range(20)))
     assert {answer.status_code for answer in answers} == {503}
@@ -607,11 +599,7 @@ async def test_an_edit_is_accepted_while_the_broker_refuses(
         raise OperationalError("broker away")
 
     app = create_app(settings)
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
-    ):
+    async with in_process(app) as api:
         monkeypatch.setattr("celery.Celery.send_task", refuse)
         assert (await api.post("/edits", json=GOOD)).status_code == 202
     assert stores.edits.counts()[EditStatus.QUEUED] == 1
@@ -625,11 +613,7 @@ async def test_a_crash_is_a_500_in_the_same_shape(settings: Settings, stores: St
     def crash() -> None:
         raise ZeroDivisionError("s3cret")
 
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as api,
-    ):
+    async with in_process(app, raise_app_exceptions=False) as api:
         response = await api.get("/crash", headers={"x-request-id": "mine"})
     assert_error(response, 500, code="internal_error")
     assert "s3cret" not in response.text

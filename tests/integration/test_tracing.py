@@ -1,6 +1,7 @@
 """Traces over the real processes, from a request to the activation, as a real OTLP receiver gets them."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -18,10 +19,11 @@ from scripted_node import TOKEN, ScriptedNode, listening
 from tiny_models import tiny_model, tiny_tokenizer
 
 from service import programs
+from service.queue import CONTROL_QUEUE, TRAIN_QUEUE, TaskQueue
 from service.schemas import EditStatus
 from service.settings import Settings
 from service.stores import Stores
-from service.tracing import outgoing
+from service.tracing import continued, outgoing
 
 # Three processes that import all they need, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -160,6 +162,14 @@ def test_one_trace_leads_from_the_request_to_the_activation(story: Story) -> Non
     assert story.one("errata-control", "activate").attributes == {"errata.version": 1}
     assert run.attributes["errata.run"] == publish.attributes["errata.run"]
     assert post.service == "errata-service"
+
+
+@pytest.mark.parametrize(("task", "waiting"), [("train", TRAIN_QUEUE), ("publish", CONTROL_QUEUE)])
+def test_a_message_carries_the_trace_of_who_sends_it(queue: TaskQueue, stores: Stores, task: str, waiting: str) -> None:
+    with continued({"traceparent": CLIENTS}):
+        getattr(queue, task)("run_1")
+    [message] = stores.redis.lrange(waiting, 0, -1)
+    assert json.loads(message)["headers"]["traceparent"] == CLIENTS
 
 
 def test_a_publication_goes_on_with_the_trace_of_its_message(
