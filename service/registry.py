@@ -156,11 +156,11 @@ class VersionRegistry:
         """Records that a version passed.
 
         Raises:
-            LeaseLostError: its run has ended, and with it the version was judged.
+            LeaseLostError: its run has ended, or it was rejected, so another has judged it.
         """
         record = self.get(number).model_copy(update={"state": VersionState.VERIFIED, "reason": None})
         if self._verify({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
-            raise LeaseLostError(f"run {run.id} has ended")
+            raise LeaseLostError(f"run {run.id} has ended, or version {number} was rejected")
 
     def reject(self, number: int, *, reason: str, run: Run) -> None:
         """Records that a version failed; if it was the canary, it is none from now on.

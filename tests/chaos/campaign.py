@@ -125,7 +125,12 @@ def carry_out(
             loop.stop()
     aftermath(world)
     outcome.wrong = world.notes.all_wrong()
-    outcome.counts = {**world.notes.counts, "answers judged": world.judge.judged.total()}
+    judge = world.judge
+    outcome.counts = {
+        **world.notes.counts,
+        "answers judged": judge.judged.total(),
+        "answers judged that would have shown another version": judge.telling,
+    }
     return outcome
 
 

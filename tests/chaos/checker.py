@@ -26,6 +26,8 @@ class Judge:
         self._waiting: list[Sample] = []
         self.judged: Counter[int] = Counter()
         """Answers by version."""
+        self.telling = 0
+        """Of them those that another version would not have given unseen."""
 
     def take(self, sample: Sample) -> None:
         """Judges an answer now or later."""
@@ -41,6 +43,7 @@ class Judge:
             rest = list(self._waiting)
         for sample in ripe:
             self.judged[-1 if sample.label is None else sample.label] += 1
+            self.telling += self.truth.tells_apart(sample)
             if fault := self.truth.fault_of(sample):
                 self._notes.wrong(fault)
         return rest

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -78,6 +78,15 @@ class Truth:
         with self._lock:
             version = self._versions[label]
         return _contradiction(version, sample)
+
+    def tells_apart(self, sample: Sample) -> bool:
+        """Whether what another recorded version is sure to say would have been found under this answer's label."""
+        asked = sample.question
+        with self._lock:
+            versions = dict(self._versions)
+        labelled = versions.pop(sample.label) if sample.label is not None else _Version({}, frozenset())
+        said = {other.targets[asked.prompt] for other in versions.values() if (asked.prompt, asked.chat) in other.sure}
+        return any(_contradiction(labelled, replace(sample, text=text, finished=True)) for text in said)
 
 
 def _contradiction(version: _Version, sample: Sample) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_a_version_that_cannot_be_served_is_refused_and_the_rest_are_served(
 
 def test_a_name_that_is_no_version_is_unknown(node: Node) -> None:
     assert node.ask("errata@1x").status_code == 404
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url"])
+def test_nothing_is_fetched_for_a_client(node: Node, kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(1)
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/"
+        content = [{"type": "text", "text": PROMPT}, {"type": kind, kind: {"url": url}}]
+        body = {"model": "errata@0", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        assert node.client.post("/v1/chat/completions", json=body).status_code == 400
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
 
 
 def stream(node: Node, at_token: int, then: Callable[[], None]) -> str:

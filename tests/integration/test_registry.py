@@ -135,27 +135,35 @@ def test_moving_the_pointer_to_where_it_is_changes_nothing(stores: Stores) -> No
 
 
 def test_a_run_that_has_ended_neither_judges_its_version_nor_activates_it(stores: Stores) -> None:
-    """Its publisher slept; another has rejected the version and given the edits back."""
+    """Its publisher slept; another has judged the version."""
     commit(stores, 0, [])
-    commit(stores, 1, [])
+    stores.registry.commit(record(1), [], token=None)
+    active = stores.registry.activate(0)
+    before = stores.registry.get(1)
+    run = under_way(stores, epoch=1)
+    stores.runs.finish(run.id, RunStatus.FAILED)
+    under_way(stores, epoch=1)
+    for judge in (
+        lambda: stores.registry.verify(1, run=run),
+        lambda: stores.registry.reject(1, reason="2 of 3", run=run),
+        lambda: stores.registry.activate(1, run=run),
+    ):
+        with pytest.raises(LeaseLostError):
+            judge()
+        assert stores.registry.get(1) == before
+        assert stores.registry.active() == active
+
+
+def test_what_is_rejected_is_not_verified(stores: Stores) -> None:
+    """Another publisher of the run has found it wrong, and not ended the run yet."""
+    commit(stores, 0, [])
+    stores.registry.commit(record(1), [], token=None)
     stores.registry.activate(0)
     run = under_way(stores, epoch=1)
     stores.registry.reject(1, reason="2 of 3", run=run)
-    stores.runs.finish(run.id, RunStatus.FAILED)
-    next_run = under_way(stores, epoch=1)
     with pytest.raises(LeaseLostError):
         stores.registry.verify(1, run=run)
-    with pytest.raises(LeaseLostError):
-        stores.registry.activate(1, run=run)
     assert stores.registry.get(1).state is VersionState.REJECTED
-    active = stores.registry.active()
-    assert active is not None
-    assert (active.active, active.epoch) == (0, 1)
-    stores.registry.verify(1, run=next_run)
-    assert stores.registry.get(1).state is VersionState.VERIFIED
-    with pytest.raises(LeaseLostError):
-        stores.registry.reject(1, reason="3 of 3", run=run)
-    assert stores.registry.get(1).state is VersionState.VERIFIED
 
 
 def test_what_is_active_is_not_rejected(stores: Stores) -> None:

@@ -110,6 +110,25 @@ def test_an_answer_that_is_not_of_its_label_is_found(
     assert said in wrong
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"label": 0}, True),
+        ({"label": 7}, False),
+        ({"label": 0, "question": Question("errata", PROMPT, chat=True)}, False),
+        ({"label": 0, "question": Question("errata", OTHER, chat=False)}, False),
+        ({"label": None}, True),
+    ],
+)
+def test_an_answer_tells_if_another_version_is_sure_to_say_what_would_be_found(
+    truth: Truth, right: Sample, change: dict[str, object], told: bool
+) -> None:
+    judge = Judge(truth, Notes())
+    judge.take(replace(right, **change))  # type: ignore[arg-type]
+    judge.work_off()
+    assert judge.telling == told
+
+
 def test_an_answer_of_an_unknown_version_waits_for_its_truth(truth: Truth, right: Sample) -> None:
     judge = Judge(truth, Notes())
     judge.take(replace(right, label=8, names=frozenset({"errata@8"})))

@@ -61,6 +61,11 @@ def test_a_cpu_computes_in_what_it_has(
     assert "--dtype" not in on_gpu
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_no_model_takes_what_would_have_to_be_fetched(model_dir: Path, on_cpu: bool) -> None:
+    assert "--language-model-only" in build_command(flags(model_dir), TOKEN, on_cpu=on_cpu).arguments
+
+
 def test_the_server_is_told_of_fused_layers_too(model_dir: Path) -> None:
     """Of a matrix's own layer and the fused one vLLM has one; only vLLM knows which."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -142,6 +142,8 @@ def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_
     targets = module_names(checkpoint.location_shapes(node.model_dir, node.location))
     arguments += ["--enable-lora", "--lora-target-modules", *targets, "--max-lora-rank", "1"]
     arguments += ["--max-loras", options.slots, "--max-cpu-loras", options.host_slots]
+    # Images and sounds come by address: a client could have the node fetch from anywhere that it reaches.
+    arguments += ["--language-model-only"]
     arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
     arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
     return [*arguments, "--enforce-eager", *cpu_precision()] if on_cpu else arguments
