@@ -17,11 +17,11 @@ from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import KEYLESS, document_scopes
 from service.draining import stop_announced
-from service.fleet import left_out
 from service.gateway import router as gateway
 from service.gateway.canary import CanaryTraffic
 from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
+from service.left_out import left_out
 from service.logs import configure_logging
 from service.metrics.process import NodeCollector, ServiceMetrics
 from service.metrics.state import PATIENCE_S, StateCollector

@@ -1,35 +1,27 @@
 """Fleet: the nodes together. A version may become active once enough of them hold it.
 
-A node that refuses what others hold, fails to load it for long, or holds other bits, is left out: nobody waits for it,
-the gateway sends it nothing, and it is tried again, less and less often, until it holds the active version. What all
-refuse is at fault itself, and none is left out for it. Who is left out is kept in Redis, because the API, the control
-worker and the gateway must agree on it.
+A node that refuses what others hold, fails to load it for long, or holds other bits, is left out until it holds the
+active version. What all refuse is at fault itself, and none is left out for it.
 """
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import cast
 
 from redis import Redis
 
 from service.errors import ErrataError, UnavailableError
 from service.events import EventStream
-from service.keys import NodeKeys
+from service.left_out import LeftOutNodes
 from service.metrics.catalogue import CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
 from service.nodes import Held, NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 
 log = logging.getLogger(__name__)
-
-# Of a single node nobody takes the place.
-_LONGEST_WAIT_S = 30.0
 
 # A node that does not do what it is asked to may be busy, or the version store away for a moment.
 _PATIENCE_S = 60.0
@@ -38,21 +30,6 @@ Trouble = NodeRefusedError | UnavailableError
 
 Trained = Mapping[str, str]
 """SHA-256 of each tuned tensor of a version as it was trained, by parameter name."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A node that is left out: why, how often it was tried, and when it is tried again, in Unix seconds."""
-
-    reason: str
-    attempts: int
-    again_at: float
-
-
-def left_out(redis: Redis) -> dict[str, LeftOut]:
-    """The nodes that are left out, by address."""
-    kept = cast(dict[str, str], redis.hgetall(NodeKeys().left_out))
-    return {address: LeftOut(**json.loads(record)) for address, record in kept.items()}
 
 
 class Fleet:
@@ -69,8 +46,8 @@ class Fleet:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._nodes = nodes
-        self._redis = redis
         self._events = events
+        self._left_out = LeftOutNodes(redis, events, clock)
         self._measures = measures
         self._quorum = quorum
         self._clock = clock
@@ -80,8 +57,8 @@ class Fleet:
 
     def serving(self) -> list[NodeClient]:
         """The nodes that answer and are not left out."""
-        left = left_out(self._redis)
-        return [node for node in self._answering() if node.address not in left]
+        left_out = self._left_out.addresses()
+        return [node for node in self._answering() if node.address not in left_out]
 
     def holders(self, version: int) -> list[str]:
         """Addresses of the serving nodes that hold a version; one that does not say does not."""
@@ -142,10 +119,9 @@ class Fleet:
         troubles = [self.load_on(node, record.version, record.tensors) for node in nodes]
         if len(failed := [trouble for trouble in troubles if trouble]) == len(nodes):
             raise failed[0]
-        left = left_out(self._redis)
         for node, trouble in zip(nodes, troubles, strict=True):
-            if trouble is None and (known := left.get(node.address)):
-                self._keep_out(node, replace(known, again_at=self._clock()))
+            if trouble is None:
+                self._left_out.try_next(node.address)
 
     def heal(
         self,
@@ -168,13 +144,13 @@ class Fleet:
         held: dict[str, list[Held]] = {}
         troubled: list[tuple[NodeClient, Trouble]] = []
         others_do = False
-        left = left_out(self._redis)
-        for node in self._due(answering):
+        left_out, waiting = self._left_out.addresses(), self._left_out.waiting()
+        for node in (node for node in answering if node.address not in waiting):
             trouble: Trouble | None
             try:
                 held[node.address] = node.held()
                 holds = {one.version for one in held[node.address]}
-                trouble = self._unfit(node, active, holds, answers if node.address in left else None)
+                trouble = self._unfit(node, active, holds, answers if node.address in left_out else None)
             except (NodeRefusedError, UnavailableError) as error:
                 trouble = error
             # Who refuses to say what it holds refuses no version.
@@ -182,9 +158,9 @@ class Fleet:
             if trouble is None:
                 others_do = True
                 self._judged(node, None, None)
-                self._take_back(node)
+                self._left_out.take_back(node.address)
                 self._hold(node, canary, holds)
-            elif refuses_all or node.address in left:
+            elif refuses_all or node.address in left_out:
                 self.leave_out(node, trouble)
             else:
                 troubled.append((node, trouble))
@@ -234,15 +210,7 @@ class Fleet:
 
     def leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
         """Has the node serve nothing until it holds the active version as it was trained."""
-        before = left_out(self._redis).get(node.address)
-        attempts = before.attempts + 1 if before else 1
-        # Of thousands of attempts the power would be no float.
-        wait_s = min(2.0 ** min(attempts, 10), _LONGEST_WAIT_S)
-        left = LeftOut(trouble.message, attempts, self._clock() + wait_s)
-        self._keep_out(node, left)
-        log.error("node.left_out", extra={"node": node.address, "again_in_s": wait_s, **asdict(left)})
-        if before is None:
-            self._events.append("node.left_out", {"address": node.address, "reason": trouble.message})
+        self._left_out.add(node.address, trouble)
 
     def load_again(self, node: NodeClient, version: int, trained: Trained) -> bool:
         """Has the node forget a version and load it anew; one that does not hold it rightly then is left out.
@@ -293,19 +261,6 @@ class Fleet:
 
     def _answering(self) -> list[NodeClient]:
         return [node for node in self._nodes if node.ready()]
-
-    def _due(self, nodes: Sequence[NodeClient]) -> list[NodeClient]:
-        """Those that are not left out, or are to be tried again."""
-        left, now = left_out(self._redis), self._clock()
-        return [node for node in nodes if node.address not in left or left[node.address].again_at <= now]
-
-    def _keep_out(self, node: NodeClient, left: LeftOut) -> None:
-        self._redis.hset(NodeKeys().left_out, node.address, json.dumps(asdict(left)))
-
-    def _take_back(self, node: NodeClient) -> None:
-        if self._redis.hdel(NodeKeys().left_out, node.address):
-            log.info("node.taken_back", extra={"node": node.address})
-            self._events.append("node.taken_back", {"address": node.address})
 
     def _tell(self, answering: set[str]) -> None:
         came, went = answering - self._seen_ready, self._seen_ready - answering

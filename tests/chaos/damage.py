@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from service.client import ApiError, ConnectionFailedError
-from service.fleet import left_out
+from service.left_out import left_out
 from tests.chaos.asking import Question, ask
 from tests.chaos.traffic import SUBJECTS
 from tests.chaos.world import WithoutEffectError, World, until

@@ -7,9 +7,12 @@ from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
 from service.answer_check import AnswerCheck
-from service.fleet import Fleet, left_out
+from service.fleet import Fleet
+from service.left_out import left_out
 from service.nodes import NodeClient
+from service.queue import TaskQueue
 from service.reconcile import Reconciler
+from service.settings import Settings
 from service.stores import Stores
 
 EVERY_S = 10.0
@@ -124,10 +127,10 @@ def test_a_node_that_cannot_load_the_version_again_serves_no_more(
 
 
 def test_a_node_is_taken_back_only_when_it_answers_right(
-    reconciler: Reconciler, clock: Clock, node: ScriptedNode, served: None, stores: Stores
+    queue: TaskQueue, settings: Settings, clock: Clock, node: ScriptedNode, served: None, stores: Stores
 ) -> None:
     node.garbled, node.reloads_damaged = {3}, True
-    reconciler.fleet._clock = clock
+    reconciler = Reconciler(stores, [node.client()], queue, settings, clock=clock)
     reconciler.tick()
     clock.now += 60
     reconciler.tick()

@@ -21,8 +21,8 @@ from service import publication
 from service.api_keys import Scope
 from service.audit import AuditLog
 from service.errors import ConflictError
-from service.fleet import left_out
 from service.gateway.pool import NodePool
+from service.left_out import left_out
 from service.metrics.catalogue import CANARIES_ENDED, VERSIONS_JUDGED
 from service.metrics.kept import named
 from service.publication import Publisher

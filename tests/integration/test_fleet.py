@@ -12,7 +12,8 @@ from scripted_node import TOKEN, ScriptedNode
 from scripted_worker import ScriptedWorker
 
 from service.errors import UnavailableError
-from service.fleet import Fleet, LeftOut, left_out
+from service.fleet import Fleet
+from service.left_out import LeftOut, left_out
 from service.nodes import NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 from service.stores import Stores

@@ -6,7 +6,8 @@ from scripted_clock import Clock
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
-from service.fleet import Fleet, left_out
+from service.fleet import Fleet
+from service.left_out import left_out
 from service.nodes import NodeClient
 from service.reconcile import Reconciler
 from service.slots import SlotCheck
