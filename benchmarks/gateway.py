@@ -3,11 +3,13 @@
     .venv/bin/python -m benchmarks.gateway [--concurrency 1 16] [--repeats 5]
 
 Starts a stack of its own in a temporary home, and stops it. Both ways are taken in turn, each first in every other
-repetition, so that a repetition compares neighbours in time; the clients share the cores with all of it.
+repetition, so that a repetition compares neighbours in time; then both at once, each with as many clients, so that both
+medians are of the same seconds on the same node. The clients share the cores with all of it.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.load import Load, Measured, ask, running, say
@@ -16,7 +18,18 @@ from service.nodes import authorization, version_name
 from service.schemas import Trigger
 from service.stack import Stack
 
-COLUMNS = ("at a time", "node, requests/s", "gateway, of the node's", "node, p50 ms", "p50 added, ms")
+COLUMNS = (
+    "at a time",
+    "node, requests/s",
+    "gateway, of the node's",
+    "node, p50 ms",
+    "p50 added, in turn, ms",
+    "node, p50 ms, both at once",
+    "p50 added, both at once, ms",
+)
+
+Way = tuple[str, Mapping[str, str], Sequence[str]]
+"""A base URL, the headers and the models that are asked for there."""
 
 
 def main() -> None:
@@ -26,8 +39,8 @@ def main() -> None:
         options.out,
         "What the gateway costs",
         f"`benchmarks/gateway.py`: {told(options)}. Whole answers of the base model, by the node at `errata@0` and "
-        "through the gateway at `errata`. Medians of the repetitions, with least and most in brackets; shares and "
-        "differences are of one repetition's neighbours.",
+        "through the gateway at `errata`; both at once, the node has twice as many to answer. Medians of the "
+        "repetitions, with least and most in brackets; shares and differences are of one repetition's neighbours.",
     )
     results.table(COLUMNS)
     with running("gateway", trigger=Trigger.MANUAL) as stack:
@@ -38,24 +51,41 @@ def main() -> None:
 def _rows(options: argparse.Namespace, stack: Stack) -> Iterator[list[object]]:
     settings = stack.settings()
     token = authorization(settings.node_token.get_secret_value())
-    ways = {"node": (settings.nodes[0], token, [version_name(0)]), "gateway": (stack.url(), {}, ["errata"])}
+    ways: dict[str, Way] = {
+        "node": (settings.nodes[0], token, [version_name(0)]),
+        "gateway": (stack.url(), {}, ["errata"]),
+    }
     for concurrency in options.concurrency:
         load = Load(options.requests * concurrency, concurrency, options.tokens)
-        pairs: list[dict[str, Measured]] = []
+        apart: list[Mapping[str, Measured]] = []
+        at_once: list[Mapping[str, Measured]] = []
         for repeat in range(options.repeats + 1):
             order = list(ways) if repeat % 2 else list(ways)[::-1]
             pair = {way: ask(*ways[way], load) for way in order}
-            shown = ", ".join(f"{way} {found.rate:.1f}/s {found.p50_ms:.1f} ms" for way, found in pair.items())
-            say(f"{concurrency} at a time, {repeat} of {options.repeats}: {shown}")
+            both = _at_once(ways, load)
+            for found in (pair, both):
+                shown = ", ".join(f"{way} {found[way].rate:.1f}/s {found[way].p50_ms:.1f} ms" for way in ways)
+                say(f"{concurrency} at a time, {repeat} of {options.repeats}: {shown}")
             if repeat:  # the first one warms up
-                pairs.append(pair)
+                apart.append(pair)
+                at_once.append(both)
         yield [
             concurrency,
-            spread([pair["node"].rate for pair in pairs]),
-            spread([pair["gateway"].rate / pair["node"].rate for pair in pairs]),
-            spread([pair["node"].p50_ms for pair in pairs]),
-            spread([pair["gateway"].p50_ms - pair["node"].p50_ms for pair in pairs]),
+            spread([pair["node"].rate for pair in apart]),
+            spread([pair["gateway"].rate / pair["node"].rate for pair in apart]),
+            *_p50s(apart),
+            *_p50s(at_once),
         ]
+
+
+def _at_once(ways: Mapping[str, Way], load: Load) -> dict[str, Measured]:
+    with ThreadPoolExecutor(len(ways)) as pool:
+        return dict(zip(ways, pool.map(lambda way: ask(*way, load), ways.values()), strict=True))
+
+
+def _p50s(pairs: Sequence[Mapping[str, Measured]]) -> Iterator[str]:
+    yield spread([pair["node"].p50_ms for pair in pairs])
+    yield spread([pair["gateway"].p50_ms - pair["node"].p50_ms for pair in pairs])
 
 
 def _parser() -> argparse.ArgumentParser:
