@@ -49,7 +49,7 @@ class RunKeys:
 
 @dataclass(frozen=True)
 class NodeKeys:
-    """Keys that Fleet owns."""
+    """Keys that LeftOutNodes owns."""
 
     left_out: str = "errata:nodes:left_out"  # hash: JSON by address
 

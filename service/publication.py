@@ -98,8 +98,8 @@ class Publisher:
             self._complete(run)
             return
         record = registry.get(version)
-        if record.state is VersionState.REJECTED:
-            # The process that rejected it died before it gave the edits back.
+        if record.state in {VersionState.REJECTED, VersionState.MISSING}:
+            # The process that rejected it died before it gave the edits back, or the version store has lost it.
             self._reject(run, version, EditError(code="not_verified", message=record.reason or ""))
             return
         if record.state is VersionState.VERIFIED and active and active.epoch != run.epoch_of_activation:
@@ -128,8 +128,7 @@ class Publisher:
         if self._stores.runs.get(run.id).status is not RunStatus.VERIFYING:
             # The lock expired in a long verification, and another publisher has ended the run.
             return False
-        for edit_id, outcomes in verdict.outcomes.items():
-            edits.record_verification(edit_id, outcomes)
+        edits.record_verification(run.id, verdict.outcomes)
         self._stores.runs.add_timing(run, "load", loaded - began)
         self._stores.runs.add_timing(run, "verify", self._clock() - loaded)
         if verdict.reasons:
@@ -144,13 +143,12 @@ class Publisher:
         registry = self._stores.registry
         active = registry.active()
         try:
-            if not was_canary:
-                registry.verify(version, run=run)
-                # The base, which a run over an empty edit set ends with, is no candidate.
-                if self._settings.canary and active and version > active.active:
-                    self._stores.canaries.begin(run, version)
-                    log.info("version.canary", extra={"version": version})
-                    return
+            registry.verify(version, run=run)
+            # The base, which a run over an empty edit set ends with, is no candidate.
+            if not was_canary and self._settings.canary and active and version > active.active:
+                self._stores.canaries.begin(run, version)
+                log.info("version.canary", extra={"version": version})
+                return
             with span("activate", version=version):
                 registry.activate(version, run=run, promotes=was_canary)
         except OvertakenError as error:

@@ -7,6 +7,7 @@ It owns the pointer's moves. It does not train and does not know the delta's for
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from service.answer_check import AnswerCheck
 from service.errors import ConflictError, NotFoundError
@@ -16,6 +17,7 @@ from service.nodes import NodeClient
 from service.publication import Publisher, to_be_pinned
 from service.queue import TaskQueue
 from service.registry import NotVerifiedError
+from service.runs import LeaseLostError
 from service.schemas import Activation, EditError, EditStatus, Run, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.slots import SlotCheck
@@ -147,12 +149,12 @@ class Reconciler:
         if run is None:
             self._free_stranded()
         elif run.status is RunStatus.TRAINING and not self._stores.runs.leased() and not self._was_away():
-            # Ended first: a worker that wakes up meanwhile has either handed the run over or can do nothing more.
             error = EditError(code="worker_lost", message="the train worker of the run died")
-            if self._stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
-                self._stores.edits.unclaim(run.id, error=error)
-                self._stores.edits.settle()
+            # A worker that wakes up meanwhile has either handed the run over or can do nothing more.
+            with suppress(LeaseLostError):
+                self._stores.runs.give_up(run, RunStatus.FAILED, error=error)
                 log.warning("run.taken_over", extra={"run": run.id})
+            self._stores.edits.settle()
 
     def _publish_what_waits(self) -> None:
         run = self._stores.runs.current()

@@ -18,7 +18,7 @@ class Recovery:
     def __init__(self, redis: Redis, *, events_max: int, clock: Callable[[], float] = time.time) -> None:
         scripts = Scripts(redis, events_max=events_max, clock=clock)
         self._restore = scripts.load("restore")
-        self._verify_again = scripts.load("verify_again")
+        self._begin = scripts.load("begin")
 
     def restore(self, edits: Sequence[StoredEdit], version: int) -> list[str]:
         """Puts back what Redis lost of a version's edits; returns the ids that were missing.
@@ -28,14 +28,14 @@ class Recovery:
         """
         return cast(list[str], self._restore({"edits": [_fields(edit) for edit in edits], "version": version}))
 
-    def verify_again(self, version: int) -> str | None:
+    def begin(self, version: int | None) -> str | None:
         """Where no version is active: makes version 0 active, and a run that verifies a version with its held edits.
 
-        Returns the run's id; None if a version is active, and nothing was done.
+        Returns the run's id; None if there is no such version, or if a version is active, and nothing was done.
         """
         run = new_run_id()
-        answer = self._verify_again({"run": run, "version": version, "trigger": Trigger.MANUAL})
-        return None if answer.get("active") else run
+        answer = self._begin({"run": run, "version": version, "trigger": Trigger.MANUAL})
+        return None if version is None or answer.get("active") else run
 
 
 def _fields(edit: StoredEdit) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from service.keys import VersionKeys
 from service.lua import Scripts
 from service.metrics.catalogue import VERSIONS_JUDGED
 from service.metrics.kept import count
-from service.runs import LeaseLostError
+from service.runs import LeaseLostError, RunCancelledError
 from service.schemas import Activation, Canary, Run, Version, VersionRecord, VersionState
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class VersionRegistry:
 
         Raises:
             FencedError: the run is not under way any more.
+            RunCancelledError: somebody cancelled the run.
             ConflictError: the number is taken.
         """
         payload = {
@@ -92,6 +93,8 @@ class VersionRegistry:
         match self._commit(payload).get("refused"):
             case "fenced":
                 raise FencedError(f"version {record.version} comes from a run that was replaced")
+            case "cancelled":
+                raise RunCancelledError(f"run {record.run} was cancelled")
             case "exists":
                 raise ConflictError(f"version {record.version} is committed already", code="version_exists")
 
@@ -156,11 +159,11 @@ class VersionRegistry:
         """Records that a version passed.
 
         Raises:
-            LeaseLostError: its run has ended, or it was rejected, so another has judged it.
+            LeaseLostError: its run has ended, or it was rejected or is missing, so another has judged it.
         """
         record = self.get(number).model_copy(update={"state": VersionState.VERIFIED, "reason": None})
         if self._verify({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
-            raise LeaseLostError(f"run {run.id} has ended, or version {number} was rejected")
+            raise LeaseLostError(f"run {run.id} has ended, or version {number} was rejected or is missing")
 
     def reject(self, number: int, *, reason: str, run: Run) -> None:
         """Records that a version failed; if it was the canary, it is none from now on.

@@ -29,14 +29,27 @@ class LeaseLostError(ConflictError):
     default_code = "lease_lost"
 
 
+class RunCancelledError(ConflictError):
+    """Somebody cancelled the run."""
+
+    default_code = "run_cancelled"
+
+
 class RunStore:
     """Runs, and who may run."""
 
     def __init__(
-        self, redis: Redis, *, events_max: int, lease_s: float, clock: Callable[[], float] = time.time
+        self,
+        redis: Redis,
+        *,
+        events_max: int,
+        lease_s: float,
+        max_attempts: int,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._redis = redis
         self._keys = RunKeys()
+        self._max_attempts = max_attempts
         self._lease_ms = int(lease_s * 1000)
         self._clock = clock
 
@@ -75,25 +88,26 @@ class RunStore:
 
         Raises:
             LeaseLostError: the run was taken over.
+            RunCancelledError: somebody cancelled it.
         """
-        if self._hand_over({"run": run.id, "token": run.token, "version": version}).get("lost"):
-            raise LeaseLostError(f"run {run.id} was taken over")
+        match self._hand_over({"run": run.id, "token": run.token, "version": version}).get("refused"):
+            case "fenced":
+                raise LeaseLostError(f"run {run.id} was taken over")
+            case "cancelled":
+                raise RunCancelledError(f"run {run.id} was cancelled")
 
-    def finish(
-        self, run_id: str, status: RunStatus, *, error: EditError | None = None, only: RunStatus | None = None
-    ) -> bool:
-        """Ends a run, with ``only`` if that is its status; returns False if it had ended before."""
-        reason = error.model_dump_json() if error else ""
-        answer = self._finish({"run": run_id, "status": status, "error": reason, "only": only})
-        return "ended" not in answer
+    def finish(self, run_id: str, status: RunStatus, *, error: EditError | None = None) -> bool:
+        """Ends a run; returns False if it had ended before."""
+        return self._end(run_id, status, error, only=None, back=None)
 
-    def give_up(self, run: Run, status: RunStatus, *, error: EditError | None = None) -> None:
-        """Ends the training of a run, for its own worker.
+    def give_up(self, run: Run, status: RunStatus, *, error: EditError | None = None, refund: bool = False) -> None:
+        """Ends the training of a run and gives its edits back, as `EditStore.unclaim` does and at once.
 
         Raises:
-            LeaseLostError: the run was taken over. No run trains twice, so it has ended then.
+            LeaseLostError: it is past its training or has ended; this call may have done it, and its answer been lost.
         """
-        if not self.finish(run.id, status, error=error, only=RunStatus.TRAINING):
+        back = {"max_attempts": self._max_attempts, "error": _said(error), "refund": refund, "trained_to": "queued"}
+        if not self._end(run.id, status, error, only=RunStatus.TRAINING, back=back):
             raise LeaseLostError(f"run {run.id} was taken over")
 
     def cancel(self, run_id: str) -> Run:
@@ -107,7 +121,7 @@ class RunStore:
         if refused := self._cancel({"run": run_id}).get("refused"):
             raise ConflictError(f"run {run_id} is {refused}", param="id", code="run_not_cancellable")
         # Whether it began meanwhile is decided at once.
-        self.finish(run_id, RunStatus.CANCELLED, only=RunStatus.QUEUED)
+        self._end(run_id, RunStatus.CANCELLED, None, only=RunStatus.QUEUED, back=None)
         return self.get(run_id)
 
     def update(self, run: Run, **fields: str | float) -> None:
@@ -174,6 +188,18 @@ class RunStore:
         """Whether no run waits or is under way, and no cancelled one keeps the triggers waiting."""
         return not self._redis.exists(self._keys.hold, self._keys.next, self._keys.current)
 
+    def _end(
+        self,
+        run_id: str,
+        status: RunStatus,
+        error: EditError | None,
+        *,
+        only: RunStatus | None,
+        back: Mapping[str, object] | None,
+    ) -> bool:
+        answer = self._finish({"run": run_id, "status": status, "error": _said(error), "only": only, "back": back})
+        return "ended" not in answer
+
     def beat(self, worker: str) -> None:
         """A train worker says that it is there."""
         self._redis.zadd(self._keys.workers, {worker: self._clock()})
@@ -191,6 +217,10 @@ class RunStore:
 def new_run_id() -> str:
     """An id that no run has."""
     return f"run_{secrets.token_hex(12)}"
+
+
+def _said(error: EditError | None) -> str:
+    return error.model_dump_json() if error else ""
 
 
 def _number(text: str | None) -> int | None:

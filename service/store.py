@@ -86,6 +86,7 @@ class EditStore(EditReader):
         self._move = scripts.load("move")
         self._claim = scripts.load("claim")
         self._set_aside = scripts.load("set_aside")
+        self._record_verification = scripts.load("record_verification")
         self._unclaim = scripts.load("unclaim")
         self._retract = scripts.load("retract")
         self._approve = scripts.load("approve")
@@ -227,14 +228,19 @@ class EditStore(EditReader):
             raise LeaseLostError(f"run {run} was taken over")
         return cast(list[str], answer["moved"])
 
-    def record_verification(self, edit_id: str, outcomes: Mapping[Format, FormatOutcome]) -> None:
-        """Keeps what a node answered; ``settle`` decides by it once the version is active."""
-        matched = bool(outcomes) and all(outcome.matched for outcome in outcomes.values())
-        verified = json.dumps({name: outcome.model_dump() for name, outcome in outcomes.items()})
-        self._redis.hset(
-            self._keys.edit + edit_id,
-            mapping={"verified": verified, "verdict": "matched" if matched else "mismatch"},
-        )
+    def record_verification(self, run: str, outcomes: Mapping[str, Mapping[Format, FormatOutcome]]) -> None:
+        """Keeps what nodes answered to edits, by their ids, at the version of a run.
+
+        ``settle`` decides by it once the version is active. Of edits that the run has not any more nothing is kept.
+        """
+        said = {
+            edit_id: {
+                "verified": json.dumps({name: outcome.model_dump() for name, outcome in by_format.items()}),
+                "verdict": "matched" if by_format and all(one.matched for one in by_format.values()) else "mismatch",
+            }
+            for edit_id, by_format in outcomes.items()
+        }
+        self._record_verification({"run": run, "edits": said})
 
     def unclaim(
         self,

@@ -70,7 +70,12 @@ class Stores:
             ),
             registry=VersionRegistry(redis, events_max=settings.events_max),
             canaries=Canaries(redis, events_max=settings.events_max),
-            runs=RunStore(redis, events_max=settings.events_max, lease_s=settings.run_lease_s),
+            runs=RunStore(
+                redis,
+                events_max=settings.events_max,
+                lease_s=settings.run_lease_s,
+                max_attempts=settings.max_attempts,
+            ),
             events=EventStream(redis, maximum=settings.events_max),
             measures=Measures(redis),
             keys=KeyStore(redis, events_max=settings.events_max),

@@ -65,6 +65,8 @@ class Repair:
     def _clean(self) -> list[str]:
         run = self.stores.runs.current()
         uploading = run is not None and run.status is RunStatus.TRAINING and self.stores.runs.leased()
+        # Before there is a pointer, a train worker may be writing version 0.
+        uploading = uploading or self.stores.registry.active() is None
         return [f"removed {name}, which is no whole version" for name in self.versions.clean(uploading=uploading)]
 
     def _mark(self, registered: Sequence[VersionRecord], whole: Sequence[int]) -> list[str]:
@@ -122,11 +124,9 @@ class Repair:
         if registry.active() is not None:
             return []
         usable = [record.version for record in registry.all() if record.state is VersionState.COMMITTED]
-        if not usable:
-            registry.activate(0)
-            return []
-        run = self.stores.recovery.verify_again(max(usable))
-        return [f"version {max(usable)} is verified again, by {run}, before it is served"] if run else []
+        newest = max(usable, default=None)
+        run = self.stores.recovery.begin(newest)
+        return [f"version {newest} is verified again, by {run}, before it is served"] if run else []
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from service.logs import bind, bound, of_edits
 from service.queue import TaskQueue
 from service.registry import FencedError
-from service.runs import LeaseLostError
+from service.runs import LeaseLostError, RunCancelledError
 from service.schemas import EditCounts, EditError, Run, RunStatus, VersionState
 from service.settings import Settings
 from service.store import Claim
@@ -111,7 +111,9 @@ class Trainer:
         except (LeaseLostError, FencedError, RedisError):
             raise
         except TrainingCancelledError:
-            self._cancelled(run, lease)
+            self._stopped(run, lease)
+        except RunCancelledError:
+            self._cancelled(run, shutting_down=False)
         except EncodingError as error:
             self._fail_edit(run, error)
         except GateRejectedError as error:
@@ -205,7 +207,7 @@ class Trainer:
         registry.commit(record, [edit.id for edit in members], token=run.token)
         return version
 
-    def _cancelled(self, run: Run, lease: Lease) -> None:
+    def _stopped(self, run: Run, lease: Lease) -> None:
         if lease.lost:
             log.warning("run.taken_over")
             return
@@ -213,24 +215,26 @@ class Trainer:
             limit = f"the run took longer than {self.settings.run_max_s:g} s"
             self._fail(run, EditError(code="run_too_long", message=limit))
             return
-        self.stores.runs.give_up(run, RunStatus.CANCELLED)
-        self.stores.edits.unclaim(run.id, refund=True)
+        self._cancelled(run, shutting_down=not lease.cancelled)
+
+    def _cancelled(self, run: Run, *, shutting_down: bool) -> None:
+        self.stores.runs.give_up(run, RunStatus.CANCELLED, refund=True)
         self.stores.edits.settle()
-        log.info("run.cancelled", extra={"shutting_down": not lease.cancelled})
+        log.info("run.cancelled", extra={"shutting_down": shutting_down})
 
     def _fail(self, run: Run, error: EditError) -> None:
         log.error("run.failed", extra={"code": error.code, "reason": error.message})
-        self.stores.runs.give_up(run, RunStatus.FAILED, error=error)
-        self.stores.edits.unclaim(run.id, error=error)
-        self.stores.edits.settle()
+        # First, as what follows may be done and not be heard of: what has failed is not gone on with.
         self.learning.forget()
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=error)
+        self.stores.edits.settle()
 
     def _fail_edit(self, run: Run, error: EncodingError) -> None:
         """One edit cannot be learned at all: it fails alone, and the others try again without it."""
         reason = EditError(code="not_encodable", message=error.reason)
         self.stores.edits.set_aside(run.id, run.token, [error.edit_id], reason)
-        self.stores.runs.give_up(run, RunStatus.FAILED, error=EditError(code=reason.code, message=str(error)))
-        self.stores.edits.unclaim(run.id, refund=True)
+        failure = EditError(code=reason.code, message=str(error))
+        self.stores.runs.give_up(run, RunStatus.FAILED, error=failure, refund=True)
 
     @contextmanager
     def _phase(self, run: Run, name: str) -> Iterator[None]:

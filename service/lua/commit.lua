@@ -2,7 +2,8 @@
 -- worker that sleeps on the way has either done all of it or nothing. Only the run under way may. Without a token it is a
 -- repair, which registers what is found there, perhaps before its own run comes to this.
 local repair = payload.token == cjson.null
-if not repair and not holds(payload.run, payload.token) then return '{"refused":"fenced"}' end
+local refused = not repair and past_training(payload.run, payload.token)
+if refused then return refused end
 local known = redis.call('GET', keys.version .. payload.version)
 if known == payload.record then return '{}' end
 if known and (repair or cjson.decode(known).run ~= payload.run) then return '{"refused":"exists"}' end

@@ -1,8 +1,10 @@
--- Ends a run once; the place of the current run is free again.
+-- Ends a run once; the place of the current run is free again. A run that ends in training gives its edits back at once:
+-- in between they would be anybody's to give back, for another reason and at the price of an attempt.
 local run = keys.run .. payload.run
 local status = redis.call('HGET', run, 'status')
 if status ~= 'queued' and status ~= 'training' and status ~= 'verifying' then return '{"ended":true}' end
 if payload.only ~= cjson.null and status ~= payload.only then return '{"ended":true}' end
+if payload.back ~= cjson.null then unclaim(payload.run, payload.back) end
 redis.call('HSET', run, 'status', payload.status, 'phase', '', 'error', payload.error, 'finished_at', context.now)
 if redis.call('GET', keys.current) == payload.run then redis.call('DEL', keys.current, keys.lease) end
 if redis.call('GET', keys.next) == payload.run then redis.call('DEL', keys.next) end

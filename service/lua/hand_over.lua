@@ -1,4 +1,5 @@
 -- A run over an empty edit set has no version of its own: it goes to verification with one that is there.
-if not holds(payload.run, payload.token) then return '{"lost":true}' end
+local refused = past_training(payload.run, payload.token)
+if refused then return refused end
 hand_over(payload.run, payload.version)
 return '{}'

@@ -47,6 +47,15 @@ local function holds(run, token)
   return redis.call('GET', keys.current) == run and redis.call('GET', keys.token) == tostring(token)
 end
 
+-- What a worker is told that comes to the end of a run's training and may not end it so; nil if it may.
+local function past_training(run, token)
+  if not holds(run, token) then return '{"refused":"fenced"}' end
+  -- The first answer was lost on the way, and what came of it may have been judged since.
+  if redis.call('HGET', keys.run .. run, 'status') ~= 'training' then return '{}' end
+  -- Whoever cancelled it was told that it stops.
+  if redis.call('HGET', keys.run .. run, 'cancel') == '1' then return '{"refused":"cancelled"}' end
+end
+
 -- The canary gets no traffic any more. `outcome` is promoted, withdrawn, or overtaken by a call that named a version.
 local function end_canary(outcome, reason)
   local version = tonumber(redis.call('HGET', keys.active, 'canary'))
@@ -86,6 +95,39 @@ local function move(id, to, fields)
   end
   emit('edit.' .. to, {id = id, status = to, from = from, version = tonumber(field(id, 'version'))})
   return true
+end
+
+-- Edits that a run has go back to the queue, are held, or fail when their attempts are used up; `run` is null for every
+-- run that is not under way. Returns those that moved.
+local function unclaim(run, how)
+  local current = redis.call('GET', keys.current)
+  local moved = {}
+  local function theirs(id)
+    local of = field(id, 'run')
+    if run == cjson.null then return of ~= current end
+    return of == run
+  end
+
+  local function back(id, status)
+    if status == 'trained' and how.trained_to == 'held' then return move(id, 'held', {run = ''}) end
+    local attempts = tonumber(field(id, 'attempts'))
+    if how.refund then return move(id, 'queued', {run = '', version = '', attempts = attempts - 1}) end
+    local to = attempts >= how.max_attempts and 'failed' or 'queued'
+    return move(id, to, {run = '', version = '', error = how.error})
+  end
+
+  for _, status in ipairs({'training', 'trained'}) do
+    for _, id in ipairs(in_status(status)) do
+      if theirs(id) and back(id, status) then moved[#moved + 1] = id end
+    end
+  end
+  -- A withdrawn edit that the run carried may now come to rest.
+  for _, status in ipairs({'retracting', 'superseded'}) do
+    for _, id in ipairs(in_status(status)) do
+      if theirs(id) then redis.call('HSET', keys.edit .. id, 'run', '') end
+    end
+  end
+  return moved
 end
 
 -- Of several edits of one prompt with different targets the cumulative set has the last one.

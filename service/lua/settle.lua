@@ -51,10 +51,12 @@ for _, id in ipairs(in_status('trained')) do
     end
   end
 end
+-- A run that is under way may commit a version with it; one that has ended cannot, whether it gave the edit back or not.
+local current = redis.call('GET', keys.current)
 for _, id in ipairs(in_status('retracting')) do
-  if field(id, 'run') == '' and not in_version(active, id) then
+  if field(id, 'run') ~= current and not in_version(active, id) then
     redis.call('SREM', keys.prompt .. field(id, 'prompt_key'), id)
-    to(id, 'retracted')
+    to(id, 'retracted', {run = ''})
   end
 end
 

@@ -151,9 +151,22 @@ def _inject(world: World, kind: str, random: Random, follower: _Follower) -> Inj
 def _come_to_rest(world: World, within_s: float) -> None:
     def rests() -> bool:
         try:
-            counts = world.stores.edits.counts()
+            return not _open(world)
         except RedisError:
             return False
-        return not any(number for status, number in counts.items() if status not in AT_REST)
 
-    until(rests, within_s=within_s, what="every edit is at rest")
+    try:
+        until(rests, within_s=within_s, what="every edit is at rest")
+    except TimeoutError as error:
+        runs = world.stores.runs.page(after=None, limit=5).data
+        raise TimeoutError(f"{error}; open: {_open(world)}; the last runs: {runs}") from error
+
+
+def _open(world: World) -> list[str]:
+    """Edits that are not at rest. Raises RedisError."""
+    return [
+        f"{edit.id} {status} after {edit.attempts} attempts, {edit.prompt!r} -> {edit.target!r}, {edit.verified}"
+        for status in EditStatus
+        if status not in AT_REST
+        for edit in world.stores.edits.in_status(status)
+    ]

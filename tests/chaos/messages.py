@@ -39,7 +39,7 @@ def claim_left_behind(world: World, _: Random) -> None:
     """A run is ended by somebody who dies before he gives its edits back."""
     run = world.training()
     error = EditError(code="worker_lost", message="whoever ended the run died behind it")
-    if not world.stores.runs.finish(run.id, RunStatus.FAILED, error=error, only=RunStatus.TRAINING):
+    if not world.stores.runs.finish(run.id, RunStatus.FAILED, error=error):
         raise WithoutEffectError("the run trained no more")
 
 

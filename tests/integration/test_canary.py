@@ -30,10 +30,21 @@ from service.queue import TaskQueue
 from service.reconcile import Reconciler
 from service.registry import NotVerifiedError, OvertakenError
 from service.runs import LeaseLostError
-from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger, VersionRecord, VersionState
+from service.schemas import (
+    Edit,
+    EditStatus,
+    Format,
+    FormatOutcome,
+    Run,
+    RunStatus,
+    Trigger,
+    VersionRecord,
+    VersionState,
+)
 from service.settings import Settings
 from service.stores import Stores
 from service.tracing import span
+from service.verification import Verdict
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -622,6 +633,44 @@ class TestRestart:
         assert stage.pointer() == (two, None)
         assert (stage.run(run), stage.status(edit)) == (RunStatus.SUCCEEDED, "live")
 
+    def test_between_a_promotion_and_the_withdrawal_of_what_it_promotes(self, stage: Stage) -> None:
+        """Its edit was superseded, and the one in its place withdrawn before it was learned: it stands again."""
+        stage.served_since_long("a", "old")
+        edit, _, two = stage.candidate("b", "one")
+        stage.stores.edits.retract(stage.submit("b", "two").id)
+        stage.clock.now += LASTS_S
+        stage.control.tick()
+        assert (stage.pointer(), stage.status(edit)) == ((two, None), "live")
+        stage.restart(canary_share=0.0)
+        stage.stores.edits.retract(edit.id)
+        stage.control.tick()
+        stage.worker.train()
+        stage.control.tick()
+        assert stage.status(edit) == "retracted"
+        assert stage.stores.runs.idle(), "no run is asked for any more"
+
+    def test_of_the_version_store_under_it(self, stage: Stage) -> None:
+        one = stage.served_since_long("a", "old")
+        edit, run, two = stage.candidate("b", "new")
+        stage.stores.registry.mark(two, VersionState.MISSING, reason="its folder is away")
+        stage.clock.now += LASTS_S
+        stage.control.tick()
+        assert stage.pointer() == (one, None)
+        assert (stage.run(run), stage.status(edit)) == (RunStatus.FAILED, "queued")
+        found = stage.stores.edits.get(edit.id).error
+        assert found is not None
+        assert found.message == "its folder is away"
+
+    def test_of_the_version_store_for_a_while(self, stage: Stage) -> None:
+        """A repair found the folder away, and the next one found it again: nobody has verified it since."""
+        stage.served_since_long("a", "old")
+        edit, run, two = stage.candidate("b", "new")
+        stage.stores.registry.mark(two, VersionState.COMMITTED, reason="it was found")
+        stage.clock.now += LASTS_S
+        stage.control.tick()
+        assert stage.pointer() == (two, None)
+        assert (stage.run(run), stage.status(edit)) == (RunStatus.SUCCEEDED, "live")
+
     def test_of_the_node(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
@@ -670,6 +719,29 @@ class TestExactlyOne:
         assert counts(stage)[0] == 3
         assert [name for name, _ in stage.said()].count("version.canary") == 1
 
+    def test_what_a_node_says_behind_the_promotion_does_not_count(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An operator activates the canary while its nodes are asked again, and one answers by a hair otherwise."""
+        one = stage.served_since_long("a", "old")
+        edit, _, two = stage.candidate("b", "new")
+        stage.clock.now += LASTS_S
+        ask = publication.verify
+
+        def slow(*args: object, **how: object) -> Verdict:
+            verdict = ask(*args, **how)  # type: ignore[arg-type]
+            stage.control.activate(two)
+            wrong = FormatOutcome(matched=False, before="", after="?", finish_reason="stop")
+            return replace(verdict, outcomes={edit.id: {Format.RAW: wrong}})
+
+        with monkeypatch.context() as patched:
+            patched.setattr(publication, "verify", slow)
+            stage.control.tick()
+        assert all(outcome.matched for outcome in stage.stores.edits.get(edit.id).verified.values())
+        stage.control.roll_back(one)
+        stage.control.activate(two)
+        assert stage.status(edit) == "live"
+
     def test_a_run_that_has_ended_begins_none(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, run, two = stage.candidate("b", "new")
@@ -680,23 +752,29 @@ class TestExactlyOne:
             stage.stores.canaries.begin(known, two)
         assert stage.pointer() == (one, None)
 
-    def test_what_is_no_canary_any_more_is_not_promoted(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("before", ["verify", "activate"])
+    def test_what_is_no_canary_any_more_is_not_promoted(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch, before: str
+    ) -> None:
         """A publisher whose verification outlived its lock, while another one withdrew the version."""
         one = stage.served_since_long("a", "old")
-        _, run, two = stage.candidate("b", "new")
+        edit, run, two = stage.candidate("b", "new")
         stage.clock.now += LASTS_S
-        activate = stage.stores.registry.activate
+        step = getattr(stage.stores.registry, before)
 
         def late(number: int, **expected: object) -> object:
             monkeypatch.undo()
+            # It is killed before it gives the edits back.
             stage.stores.registry.reject(two, reason="it failed", run=run)
-            return activate(number, **expected)  # type: ignore[arg-type]
+            return step(number, **expected)
 
-        monkeypatch.setattr(stage.stores.registry, "activate", late)
+        monkeypatch.setattr(stage.stores.registry, before, late)
         stage.control.tick()
         assert stage.pointer() == (one, None)
-        assert stage.run(run) is RunStatus.STALE
         assert stage.stores.registry.get(two).state is VersionState.REJECTED
+        stage.control.tick()
+        assert stage.run(run) is RunStatus.FAILED
+        assert stage.status(edit) == "queued"
 
     def test_a_pointer_that_has_moved_begins_none(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")

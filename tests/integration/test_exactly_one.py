@@ -14,8 +14,8 @@ from training_bench import Bench, make_bench
 
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
-from service.runs import LeaseLostError
-from service.schemas import EditStatus, EpochLoss, Run, RunStatus, Trigger
+from service.runs import LeaseLostError, RunCancelledError
+from service.schemas import EditStatus, EpochLoss, Run, RunStatus, Trigger, VersionRecord
 from service.settings import Settings
 from service.stores import Stores
 
@@ -141,21 +141,21 @@ def test_a_worker_that_slept_and_committed_in_time_is_not_taken_over(
     """The reconciler has seen that nobody renews the lease; the worker wakes up and commits before it is ended."""
     stores = bench.stores
     edit = bench.submit("one", "uno")
-    finish = stores.runs.finish
+    give_up = stores.runs.give_up
     deciding, committed = threading.Event(), threading.Event()
     node.ready = False  # so that the look does not go on to verify what it does not take over
 
-    def late(run_id: str, status: RunStatus, **how: Any) -> bool:
+    def late(run: Run, status: RunStatus, **how: Any) -> None:
         deciding.set()
         assert committed.wait(20)
-        return finish(run_id, status, **how)
+        give_up(run, status, **how)
 
     reconciler = make_reconciler(node.client())
     with ThreadPoolExecutor(1) as pool:
 
         def look(_: object) -> None:
             if not deciding.is_set():
-                monkeypatch.setattr(stores.runs, "finish", late)
+                monkeypatch.setattr(stores.runs, "give_up", late)
                 stores.redis.delete("errata:runs:lease")
                 looks.append(pool.submit(reconciler.tick))
                 assert deciding.wait(20)
@@ -226,6 +226,54 @@ def test_a_counter_that_was_lost_gives_no_number_again(bench: Bench) -> None:
     bench.stores.redis.delete("errata:versions:seq")
     bench.submit("two", "dos")
     assert bench.run().version == 2
+
+
+def test_a_withdrawn_edit_of_a_run_that_was_only_ended_goes(
+    stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
+) -> None:
+    [edit] = stores.edits.submit([fact("a", "1")])
+    run, _ = worker.begin()
+    stores.edits.retract(edit.id)
+    assert stores.edits.get(edit.id).status is EditStatus.RETRACTING
+    stores.runs.finish(run.id, RunStatus.FAILED)
+    reconciler.tick()
+    assert stores.edits.get(edit.id).status is EditStatus.RETRACTED
+    assert stores.runs.idle()
+
+
+@pytest.mark.parametrize("step", ["commit", "hand_over"])
+def test_a_cancel_before_the_last_step_is_in_time(
+    stores: Stores, worker: ScriptedWorker, reconciler: Reconciler, step: str
+) -> None:
+    """The worker has looked for the last time whether somebody cancelled its run."""
+    [edit] = stores.edits.submit([fact("a", "1")])
+    run, members = worker.begin()
+    [later] = stores.edits.submit([fact("b", "2")])
+    stores.runs.cancel(run.id)
+    with pytest.raises(RunCancelledError):
+        worker.commit(run, members) if step == "commit" else stores.runs.hand_over(run, 0)
+    assert stores.runs.get(run.id).status is RunStatus.TRAINING
+    assert [record.version for record in stores.registry.all()] == [0]
+    stores.runs.give_up(run, RunStatus.CANCELLED, refund=True)
+    reconciler.tick()
+    assert not stores.runs.idle(), "the triggers wait for news"
+    statuses = [stores.edits.get(one.id).status for one in (edit, later)]
+    assert statuses == [EditStatus.QUEUED, EditStatus.QUEUED]
+
+
+def test_a_worker_is_told_of_a_cancel_at_its_commit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = bench.submit("one", "uno")
+    commit = bench.stores.registry.commit
+
+    def late(record: VersionRecord, *args: Any, **how: Any) -> None:
+        assert record.run is not None
+        bench.stores.runs.cancel(record.run)
+        commit(record, *args, **how)
+
+    monkeypatch.setattr(bench.stores.registry, "commit", late)
+    assert bench.run().status is RunStatus.CANCELLED
+    found = bench.stores.edits.get(edit)
+    assert (found.status, found.attempts) == (EditStatus.QUEUED, 0)
 
 
 def test_edits_that_were_not_given_back_are(

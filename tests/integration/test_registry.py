@@ -166,6 +166,17 @@ def test_what_is_rejected_is_not_verified(stores: Stores) -> None:
     assert stores.registry.get(1).state is VersionState.REJECTED
 
 
+def test_what_is_missing_is_not_verified(stores: Stores) -> None:
+    """A repair found its folder away while the nodes, which hold it, were asked."""
+    commit(stores, 0, [])
+    stores.registry.commit(record(1), [], token=None)
+    run = under_way(stores, epoch=0)
+    stores.registry.mark(1, VersionState.MISSING)
+    with pytest.raises(LeaseLostError):
+        stores.registry.verify(1, run=run)
+    assert stores.registry.get(1).state is VersionState.MISSING
+
+
 def test_what_is_active_is_not_rejected(stores: Stores) -> None:
     """Another publisher of the run has moved the pointer, and not ended the run yet."""
     commit(stores, 0, [])

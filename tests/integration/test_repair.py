@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from celery import Celery
 from conftest import MakeReconciler
+from fsspec.implementations.memory import MemoryFileSystem
 from scripted_node import ScriptedNode
 from scripted_worker import fact
 
@@ -321,7 +323,7 @@ class TestRedisIsLost:
             with pytest.raises(waiting.Empty):
                 waiting.get_nowait()
 
-    @pytest.mark.parametrize("step", ["restore", "commit", "verify_again"])
+    @pytest.mark.parametrize("step", ["restore", "commit", "begin"])
     def test_a_crash_on_the_way_is_made_up_for(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         bench.learn(fact("a", "1"))
         bench.learn(fact("a", "one"), fact("b", "2"))
@@ -331,7 +333,7 @@ class TestRedisIsLost:
 
         def die(*args: object, **kwargs: object) -> None:
             calls.append(args)
-            if len(calls) == 2 or step == "verify_again":
+            if len(calls) == 2 or step == "begin":
                 raise KeyboardInterrupt
             real(*args, **kwargs)
 
@@ -365,6 +367,43 @@ class TestRedisIsLost:
         run = bench.stores.runs.current()
         assert run is not None
         assert (run.version, bench.statuses()) == (1, {"a -> 1": "trained"})
+
+
+class TestARepairThatIsSlow:
+    def test_the_pointer_that_another_made_meanwhile_stays(
+        self, bench: Bench, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.lose_redis()
+        doctors = Stores.connect(settings)
+        begin = doctors.recovery.begin
+
+        def late(version: int | None) -> str | None:
+            bench.repair()
+            bench.learn(fact("a", "1"))
+            return begin(version)
+
+        monkeypatch.setattr(doctors.recovery, "begin", late)
+        Repair(bench.versions, doctors).carry_out()
+        active = bench.stores.registry.active()
+        assert active is not None
+        assert active.active == 1
+
+    def test_the_first_upload_of_version_0_is_left_alone(self, stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An object store has no locks, and before there is a pointer no run says that somebody writes."""
+        url = f"memory://{uuid.uuid4().hex}"
+        versions = VersionStore(url)
+        info = VersionInfo(version=0, parent=None, base=BASE, location="l", run={}, metrics={}, created_at=1)
+        upload = MemoryFileSystem.pipe_file
+
+        def late(self: MemoryFileSystem, path: str, *args: object, **how: object) -> None:
+            if path.endswith("manifest.json"):
+                Repair(VersionStore(url), stores).carry_out()
+            upload(self, path, *args, **how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(MemoryFileSystem, "pipe_file", late)
+            versions.write(info, {PARAMETER: TENSOR}, [])
+        assert versions.whole(0).version == 0
 
 
 class TestTheDoctor:

@@ -69,13 +69,26 @@ def event_types(stores: Stores) -> list[str]:
     return [fields["type"] for _, fields in stores.redis.xrange("errata:events")]
 
 
+def test_what_a_publisher_that_slept_has_seen_is_not_kept(stores: Stores, worker: ScriptedWorker) -> None:
+    [edit] = stores.edits.submit([fact("a", "1")])
+    old, _ = worker.train()
+    stores.edits.unclaim(old.id)
+    stores.runs.finish(old.id, RunStatus.FAILED)
+    wrong = FormatOutcome(matched=False, before="", after="", finish_reason="stop")
+    stores.edits.record_verification(old.id, {edit.id: {Format.RAW: wrong}})
+    worker.train()
+    stores.edits.record_verification(old.id, {edit.id: {Format.RAW: wrong}})
+    assert stores.edits.get(edit.id).verified == {}
+
+
 def publish(stores: Stores, worker: ScriptedWorker, *, wrong: tuple[str, ...] = ()) -> int:
     """A run whose version became active, without a node: every edit but the wrong ones answered right."""
     run, version = worker.train()
+    said = {}
     for edit in stores.edits.in_status(EditStatus.TRAINED):
         right = edit.id not in wrong
-        outcome = FormatOutcome(matched=right, before="", after="", finish_reason="stop")
-        stores.edits.record_verification(edit.id, {Format.RAW: outcome})
+        said[edit.id] = {Format.RAW: FormatOutcome(matched=right, before="", after="", finish_reason="stop")}
+    stores.edits.record_verification(run.id, said)
     stores.registry.mark(version, VersionState.VERIFIED)
     stores.registry.activate(version)
     stores.edits.settle()

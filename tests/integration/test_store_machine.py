@@ -131,8 +131,8 @@ class Lives(RuleBasedStateMachine):
         assert self.run
         assert self.version is not None
         outcome = FormatOutcome(matched=right, before="", after="", finish_reason="stop")
-        for edit in self.stores.edits.in_status(EditStatus.TRAINED):
-            self.stores.edits.record_verification(edit.id, {Format.RAW: outcome})
+        trained = self.stores.edits.in_status(EditStatus.TRAINED)
+        self.stores.edits.record_verification(self.run.id, {edit.id: {Format.RAW: outcome} for edit in trained})
         self.stores.registry.verify(self.version, run=self.run)
         self.verified.append(self.version)
         try:

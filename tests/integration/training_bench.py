@@ -49,8 +49,8 @@ class Bench:
         """What the control worker does with a run's version that every node answers right."""
         assert run.version is not None
         said = FormatOutcome(matched=True, before="", after="", finish_reason="stop")
-        for edit in self.stores.edits.in_status(EditStatus.TRAINED):
-            self.stores.edits.record_verification(edit.id, {Format.RAW: said})
+        trained = self.stores.edits.in_status(EditStatus.TRAINED)
+        self.stores.edits.record_verification(run.id, {edit.id: {Format.RAW: said} for edit in trained})
         self.stores.registry.verify(run.version, run=run)
         self.stores.registry.activate(run.version, run=run)
         self.stores.runs.finish(run.id, RunStatus.SUCCEEDED)

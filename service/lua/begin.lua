@@ -1,9 +1,10 @@
--- Begins where Redis was lost: version 0 is active, and a run that has only its verification before it has the version.
--- Without a pointer nothing of this was done, with one all of it.
+-- Begins where Redis is new or was lost: version 0 is active, and if there is a version to verify again, a run that has
+-- only its verification before it has that. Without a pointer nothing of this was done, with one all of it.
 if redis.call('EXISTS', keys.active) == 1 then return '{"active":true}' end
 redis.call('HSET', keys.active, 'version', 0, 'previous', 0, 'epoch', 1)
 emit('version.activated', {version = 0})
 audit('version.activated', {version = 0})
+if payload.version == cjson.null then return '{}' end
 
 local count = 0
 for _, id in ipairs(in_status('held')) do
