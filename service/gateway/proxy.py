@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import BusyError, InvalidRequestError, NodeTimeoutError, UnavailableError
+from service.gateway import bounds
 from service.gateway.models import VERSION_HEADER
 from service.gateway.pool import NodePool, PoolNode
 from service.metrics.process import Passage
@@ -19,8 +20,23 @@ from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
 
+# A request may itself be what a node fails at: it is not taken to all of them.
+_MOST_FAILURES = 2
+
 # What vLLM says within a stream that it has begun. No text can look like it: its quotation marks would be escaped.
 _ERROR_PIECE = b'data: {"error"'
+
+
+class _NoAnswerError(UnavailableError):
+    """A node took the request and answers it not at all: it failed, or refuses the version.
+
+    What it says is an exception's text, with paths and addresses: that is for the log, the code for the client.
+    """
+
+    def __init__(self, what: str, code: str, *, failed: bool) -> None:
+        super().__init__(f"the node cannot answer: {code}", code=code)
+        self.what = what
+        self.failed = failed
 
 
 class Proxy:
@@ -34,16 +50,18 @@ class Proxy:
         """A node's answer at a version.
 
         Until the first byte of an answer is there, a node that fails or refuses the version is passed over for the
-        next; never after it. A version that every node refuses, damaged perhaps, is the service's trouble, not the
-        client's: the name that the client gave was good.
+        next, and at most one that fails for another; never after it. A version that every node refuses, damaged
+        perhaps, is the service's trouble, not the client's: the name that the client gave was good.
 
         Raises:
-            InvalidRequestError: the request alone asks for more answers than the gateway allows; `n` is no integer.
+            InvalidRequestError: the request alone asks for more answers than the gateway allows, or for what would end
+                a node; `n` is no integer.
             BusyError: as many answers are being computed as the gateway allows.
             UnavailableError: no node can be reached, none came as far as the first byte, or all refuse the version.
             NodeTimeoutError: a node took the request and was silent for too long.
         """
-        answers = _answers(body)
+        bounds.check(body)
+        answers = bounds.answers(body)
         if answers > self._max_answers:
             raise InvalidRequestError(
                 f"{answers} answers are asked for, prompts times n; at once there may be {self._max_answers}",
@@ -53,19 +71,25 @@ class Proxy:
             raise BusyError(f"{busy} answers are being computed; repeat this request", retry_after_s=1)
         content = {**body, "model": version_name(version)}
         trouble = UnavailableError("no node is ready", code="no_ready_node")
+        failures = 0
         for node in self._pool.candidates(version):
             try:
                 return await self._ask(node, path, content, version, passage)
             except UnavailableError as error:
-                log.warning("gateway.node_passed_over", extra={"node": node.address, "reason": error.message})
+                known = error if isinstance(error, _NoAnswerError) else None
+                reason = known.what if known else error.message
+                log.warning("gateway.node_passed_over", extra={"node": node.address, "reason": reason})
                 trouble = error
+                failures += known is not None and known.failed
+                if failures == _MOST_FAILURES:
+                    break
         raise trouble
 
     async def _ask(
         self, node: PoolNode, path: str, content: Mapping[str, Any], version: int, passage: Passage
     ) -> Response:
         async with AsyncExitStack() as held:
-            held.enter_context(node.occupied(_answers(content)))
+            held.enter_context(node.occupied(bounds.answers(content)))
             try:
                 request = node.client.build_request("POST", path, json=content, headers=outgoing())
                 with passage.waiting():
@@ -78,24 +102,7 @@ class Proxy:
             except httpx.ReadTimeout as error:
                 raise NodeTimeoutError("the node was silent for longer than ERRATA_NODE_TIMEOUT_S") from error
             except httpx.HTTPError as error:
-                raise UnavailableError(f"the node broke off: {error!r}", code="node_unavailable") from error
-
-
-def _answers(body: Mapping[str, Any]) -> int:
-    """How many answers a request asks for. What is no prompt is the node's to refuse."""
-    n = body.get("n")
-    # A node reads "256" and 256.0 as the number.
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
-        raise InvalidRequestError("n: must be an integer", param="n")
-    prompts = _prompts(body.get("prompt")) + _prompts(body.get("prompt_embeds"))
-    return max(1, prompts) * max(1, n or 1)
-
-
-def _prompts(given: object) -> int:
-    if given is None:
-        return 0
-    # A list of numbers is one prompt's tokens.
-    return len(given) if isinstance(given, list) and given and not isinstance(given[0], int) else 1
+                raise _NoAnswerError(f"it broke off: {error!r}", "node_unavailable", failed=True) from error
 
 
 async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, passage: Passage) -> Response:
@@ -107,7 +114,7 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
         with passage.waiting():
             first = await anext(pieces, b"")
         if failure := _failure(first):
-            raise UnavailableError(f"the node failed: {failure}", code="node_error")
+            raise _NoAnswerError(failure, "node_error", failed=True)
         passage.first_byte(streamed=True)
         return _Stream(_joined(first, pieces, passage), headers=headers, media_type=kind, held=held.pop_all())
     with passage.waiting():
@@ -123,8 +130,8 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
     # The route is there and changes nothing: what a node does not find or refuses is the version.
     if upstream.is_server_error or upstream.status_code in {404, 409}:
         # vLLM's own code is the status once more.
-        code = "node_error" if error["code"] == str(upstream.status_code) else error["code"]
-        raise UnavailableError(f"the node failed: {error['message']}", code=code)
+        code = "node_error" if error["code"] == str(upstream.status_code) else str(error["code"])
+        raise _NoAnswerError(str(error["message"]), code, failed=upstream.is_server_error)
     passage.end("client_error")
     return JSONResponse({"error": error}, status_code=upstream.status_code, headers=headers)
 

@@ -168,6 +168,15 @@ async def test_before_the_first_byte_another_node_takes_over(broken: Handler) ->
     assert [request.url.host for request in nodes.seen] == ["a", "b", "b"]
 
 
+SAID = {
+    "node_unavailable": ["broke off", "reset"],
+    "dead": ["engine dead"],
+    "node_error": [],
+    "damaged_version": ["version 7 is damaged"],
+}
+"""What is in the log, and not in the answer."""
+
+
 @pytest.mark.parametrize(
     ("broken", "code"),
     [
@@ -179,12 +188,35 @@ async def test_before_the_first_byte_another_node_takes_over(broken: Handler) ->
         (refuses_the_version, "damaged_version"),
     ],
 )
-async def test_when_every_node_fails_the_last_ones_reason_is_told(broken: Handler, code: str) -> None:
+async def test_when_every_node_fails_the_last_ones_reason_is_told_by_its_code(
+    broken: Handler, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
     nodes = Nodes(a=broken, b=broken)
     with pytest.raises(UnavailableError) as error:
         await forward(proxy_of(nodes))
     assert (error.value.status, error.value.code) == (503, code)
+    assert error.value.message == f"the node cannot answer: {code}"
     assert len(nodes.seen) == 2
+    reasons = [record.__dict__["reason"] for record in caplog.records if record.message == "gateway.node_passed_over"]
+    assert len(reasons) == 2
+    assert all(word in reasons[0] for word in SAID[code])
+
+
+@pytest.mark.parametrize(
+    ("broken", "asked"), [(breaks_off, 2), (fails, 2), (errs(500), 2), (refuses_the_version, 4), (unreachable, 4)]
+)
+async def test_what_nodes_fail_at_is_not_taken_to_all_of_them(broken: Handler, asked: int) -> None:
+    nodes = Nodes(a=broken, b=broken, c=broken, d=broken)
+    with pytest.raises(UnavailableError):
+        await forward(proxy_of(nodes))
+    assert len(nodes.seen) == asked
+
+
+async def test_what_would_end_a_node_is_refused_before_one_is_asked() -> None:
+    nodes = Nodes(a=completes)
+    with pytest.raises(InvalidRequestError, match="logit_bias: at most"):
+        await forward(proxy_of(nodes), logit_bias={str(token): 1 for token in range(1025)})
+    assert nodes.seen == []
 
 
 async def test_behind_the_first_byte_no_other_node_is_asked() -> None:

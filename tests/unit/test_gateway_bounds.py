@@ -1,0 +1,41 @@
+"""What a request may ask of a node at most: within the buffers that the installed vLLM has for one on a GPU."""
+
+import pytest
+from vllm import envs
+from vllm.v1.worker.gpu.sample import logit_bias
+
+from service.errors import InvalidRequestError
+from service.gateway.bounds import MOST_BAD_WORDS_BYTES, MOST_ENTRIES, check
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("allowed_token_ids", [1] * 1024),
+        ("logit_bias", {str(token): 1 for token in range(1024)}),
+        ("stop_token_ids", [1] * 100),
+        ("bad_words", ["a"] * 50),
+        ("bad_words", ["é" * 225]),
+    ],
+)
+def test_the_most(name: str, most: list[object] | dict[str, object]) -> None:
+    check({name: most})
+    more = {**most, "more": 1} if isinstance(most, dict) else [*most, "a"]
+    with pytest.raises(InvalidRequestError, match=f"{name}: at most") as refused:
+        check({name: more})
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize("name", MOST_ENTRIES)
+@pytest.mark.parametrize("given", [None, "a" * 2000, 5, []])
+def test_what_is_no_list_is_the_nodes_to_refuse(name: str, given: object) -> None:
+    check({name: given})
+
+
+def test_it_is_within_what_a_node_has_room_for() -> None:
+    assert MOST_ENTRIES["allowed_token_ids"] <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
+    assert MOST_ENTRIES["logit_bias"] <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert MOST_ENTRIES["stop_token_ids"] <= logit_bias.MAX_NUM_STOP_TOKEN_IDS - 20, "room for the model's own"
+    words = MOST_ENTRIES["bad_words"]
+    assert 2 * words <= envs.VLLM_MAX_NUM_BAD_WORDS
+    assert 2 * (MOST_BAD_WORDS_BYTES + words) <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
