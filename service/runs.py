@@ -17,7 +17,7 @@ from service.keys import RunKeys
 from service.lua import Scripts
 from service.metrics.catalogue import RUN_PHASE_SECONDS
 from service.metrics.kept import observe
-from service.schemas import EditError, EpochLoss, Page, Run, RunStatus, Trigger
+from service.schemas import EditError, EditStatus, EpochLoss, Page, Run, RunStatus, Trigger
 
 _TIMING = "timing:"
 _EPOCH = "epoch:"
@@ -106,7 +106,12 @@ class RunStore:
         Raises:
             LeaseLostError: it is past its training or has ended; this call may have done it, and its answer been lost.
         """
-        back = {"max_attempts": self._max_attempts, "error": _said(error), "refund": refund, "trained_to": "queued"}
+        back = {
+            "max_attempts": self._max_attempts,
+            "error": _said(error),
+            "refund": refund,
+            "trained_to": EditStatus.QUEUED,
+        }
         if not self._end(run.id, status, error, only=RunStatus.TRAINING, back=back):
             raise LeaseLostError(f"run {run.id} was taken over")
 
