@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
+import msgspec
 from vllm.lora.request import LoRARequest
 
 _DRAIN_S = 5.0
@@ -65,9 +66,10 @@ class Turns:
             while True:
                 async with self.turn(lora_request.lora_int_id if lora_request else None):
                     if lora_request is None or adapters.knows(lora_request):
+                        asked = _named_apart(lora_request) if lora_request else None
                         # Closed before the turn ends: an abort must be on its way to the engine before another
                         # version's request.
-                        async with aclosing(generate(*args, lora_request=lora_request, **options)) as outputs:
+                        async with aclosing(generate(*args, lora_request=asked, **options)) as outputs:
                             async for output in outputs:
                                 yield output
                         return
@@ -175,3 +177,12 @@ class Turns:
         while not self._room(self._in_flight.keys(), pinned):
             self._left.clear()
             await self._left.wait()
+
+
+def _named_apart(request: LoRARequest) -> LoRARequest:
+    """The request under a name that no other adapter in the engine has, which is its folder's.
+
+    vLLM takes requests of one name for one adapter when it looks which of them a batch needs. While an evicted version
+    still answers and is loaded again, one of the two would be missing and might lose its slot in the middle of a batch.
+    """
+    return msgspec.structs.replace(request, lora_name=request.lora_path)
