@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 
 _DRAIN_S = 5.0
 
@@ -53,27 +54,43 @@ class Turns:
         """The adapters that are pinned."""
         return self._pinned
 
-    def in_turn(self, generate: Callable[..., Any], adapters: Adapters) -> Callable[..., AsyncIterator[Any]]:
-        """The engine's `generate`, each call in its adapter's turn until its last output or its end.
+    def in_turn(self, generate: Callable[..., Any], adapters: Adapters) -> Callable[..., AsyncIterator[RequestOutput]]:
+        """The engine's `generate`, each call in its adapter's turn until the engine has ended the answer.
 
         A request whose adapter was evicted before its turn came has the version loaded again: the engine would read
         the adapter's folder in the middle of a batch, unverified, and end where the folder has gone.
         """
 
-        async def generate_in_turn(
-            *args: Any, lora_request: LoRARequest | None = None, **options: Any
-        ) -> AsyncIterator[Any]:
+        async def answer(
+            outputs: asyncio.Queue[RequestOutput | None], lora_request: LoRARequest | None, *args: Any, **options: Any
+        ) -> None:
             while True:
                 async with self.turn(lora_request.lora_int_id if lora_request else None):
                     if lora_request is None or adapters.knows(lora_request):
                         asked = _named_apart(lora_request) if lora_request else None
                         # Closed before the turn ends: an abort must be on its way to the engine before another
                         # version's request.
-                        async with aclosing(generate(*args, lora_request=asked, **options)) as outputs:
-                            async for output in outputs:
-                                yield output
+                        async with aclosing(generate(*args, lora_request=asked, **options)) as produced:
+                            async for output in produced:
+                                outputs.put_nowait(output)
                         return
                 lora_request = await adapters.renewed(lora_request)
+
+        async def generate_in_turn(
+            *args: Any, lora_request: LoRARequest | None = None, **options: Any
+        ) -> AsyncIterator[RequestOutput]:
+            # Without a bound: a reader who takes nothing must not keep the turn, and an answer is no longer than the
+            # model's context.
+            outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+            answering = asyncio.create_task(answer(outputs, lora_request, *args, **options))
+            answering.add_done_callback(lambda _: outputs.put_nowait(None))
+            try:
+                while (output := await outputs.get()) is not None:
+                    yield output
+                await answering
+            finally:
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
 
         return generate_in_turn
 
