@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 
@@ -295,6 +296,19 @@ async def test_what_the_engine_fails_with_is_behind_what_it_said(turns: Turns, r
             await anext(outputs)
     else:
         await outputs.aclose()
+
+
+async def test_an_answer_that_a_stopping_engine_gave_up_is_not_a_whole_one(turns: Turns) -> None:
+    async def generate(*, lora_request: LoRARequest | None) -> AsyncIterator[RequestOutput]:
+        yield said("Par")
+        yield said("is", "abort")
+
+    for request in (LoRARequest("errata@7", 7, "/adapter"), None):
+        outputs = turns.in_turn(generate, Adapters())(lora_request=request)
+        assert (await anext(outputs)).outputs[0].text == "Par"
+        with pytest.raises(GenerationError, match="stopped before the answer had ended"):
+            await anext(outputs)
+        assert not turns._in_flight
 
 
 async def test_a_request_whose_adapter_was_evicted_before_its_turn_has_it_loaded_again(turns: Turns) -> None:

@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 import msgspec
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
@@ -59,6 +60,8 @@ class Turns:
 
         A request whose adapter was evicted before its turn came has the version loaded again: the engine would read
         the adapter's folder in the middle of a batch, unverified, and end where the folder has gone.
+
+        Raises GenerationError for an answer that the engine gave up.
         """
 
         async def answer(
@@ -86,6 +89,7 @@ class Turns:
             answering.add_done_callback(lambda _: outputs.put_nowait(None))
             try:
                 while (output := await outputs.get()) is not None:
+                    _check_whole(output)
                     yield output
                 await answering
             finally:
@@ -203,3 +207,9 @@ def _named_apart(request: LoRARequest) -> LoRARequest:
     still answers and is loaded again, one of the two would be missing and might lose its slot in the middle of a batch.
     """
     return msgspec.structs.replace(request, lora_name=request.lora_path)
+
+
+def _check_whole(output: RequestOutput) -> None:
+    """An engine that is told to stop ends its answers as aborted, and vLLM's server would hand them out as whole."""
+    if any(completion.finish_reason == "abort" for completion in output.outputs):
+        raise GenerationError("the node was stopped before the answer had ended")
