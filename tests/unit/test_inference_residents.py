@@ -227,6 +227,15 @@ async def test_what_is_evicted_by_name_comes_again_under_another_path_and_what_m
     assert versions._models.retired == [2]
 
 
+async def test_a_version_that_has_left_to_make_room_comes_again_under_another_path_too() -> None:
+    versions = residents([2, 1, 3], [1, 2, 3])
+    await load(versions, 4)
+    for _ in range(2):
+        with pytest.raises(NotResidentError):
+            await versions.evict(2)
+    assert versions._models.retired == [2]
+
+
 async def test_an_evicted_version_leaves_the_engine_when_its_requests_have_ended() -> None:
     versions = residents([1, 2], [1, 2])
     request = versions._models.lora_requests["errata@1"]

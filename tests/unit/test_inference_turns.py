@@ -6,7 +6,9 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from worker.inference.turns import SlotsInUseError, TooManyPinsError, Turns
 
@@ -64,6 +66,15 @@ class Request:
         await self.task
 
 
+def said(text: str, finish_reason: str | None = None) -> RequestOutput:
+    completion = CompletionOutput(0, text, [], None, None, finish_reason=finish_reason)
+    return RequestOutput("id", None, None, None, [completion], finish_reason is not None)
+
+
+async def texts(outputs: AsyncIterator[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text async for output in outputs]
+
+
 @pytest.fixture
 def turns() -> Turns:
     return Turns(SLOTS, drain_s=0.05)
@@ -85,6 +96,11 @@ async def end(*requests: Request) -> None:
     for request in requests:
         await request.end()
     for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def settled() -> None:
+    for _ in range(20):
         await asyncio.sleep(0)
 
 
@@ -205,18 +221,93 @@ async def test_an_engine_that_refuses_to_pin_is_believed(turns: Turns, engine: E
 async def test_an_answer_is_closed_before_its_turn_ends(turns: Turns) -> None:
     seen = []
 
-    async def generate(prompt: str, *, lora_request: LoRARequest | None) -> AsyncIterator[str]:
+    async def generate(prompt: str, *, lora_request: LoRARequest | None) -> AsyncIterator[RequestOutput]:
         try:
-            yield prompt
-            yield "more"
+            yield said(prompt)
+            await asyncio.Event().wait()
         finally:
+            await asyncio.sleep(0)
             seen.append((lora_request and lora_request.lora_int_id, dict(turns._in_flight)))
 
     for request, in_flight in ((LoRARequest("errata@7", 7, "/adapter"), {7: 1}), (None, {})):
         outputs = turns.in_turn(generate, Adapters())("prompt", lora_request=request)
-        assert await anext(outputs) == "prompt"
+        assert (await anext(outputs)).outputs[0].text == "prompt"
         await outputs.aclose()
         assert seen.pop() == (request and 7, in_flight)
+        assert not turns._in_flight
+
+
+async def test_a_client_that_leaves_while_it_waits_ends_the_answer_and_its_turn(turns: Turns) -> None:
+    aborted = []
+
+    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[RequestOutput]:
+        try:
+            yield said("one")
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            aborted.append(lora_request.lora_int_id)
+            raise
+
+    reading = asyncio.create_task(
+        texts(turns.in_turn(generate, Adapters())(lora_request=LoRARequest("errata@7", 7, "/adapter")))
+    )
+    await settled()
+    assert turns._in_flight == {7: 1}
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert (aborted, turns._in_flight) == ([7], {})
+
+
+async def test_a_turn_ends_with_the_answer_whoever_still_reads_it(turns: Turns, engine: Engine) -> None:
+    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[RequestOutput]:
+        for text in ("one", "two"):
+            await asyncio.sleep(0)
+            yield said(text)
+        yield said("three", "stop")
+
+    readers = [
+        turns.in_turn(generate, Adapters())(lora_request=LoRARequest(f"errata@{number}", number, f"/{number}"))
+        for number in (5, 6)
+    ]
+    for reader in readers:
+        assert (await anext(reader)).outputs[0].text == "one"
+    await settled()
+    assert not turns._in_flight
+    await turns.pin([1, 2, 3], engine.pin)
+    for reader in readers:
+        assert await texts(reader) == ["two", "three"]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_what_the_engine_fails_with_is_behind_what_it_said(turns: Turns, reads: bool) -> None:
+    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[RequestOutput]:
+        yield said("one")
+        yield said("two")
+        raise MemoryError
+
+    outputs = turns.in_turn(generate, Adapters())(lora_request=LoRARequest("errata@7", 7, "/adapter"))
+    await anext(outputs)
+    await settled()
+    assert not turns._in_flight
+    if reads:
+        assert (await anext(outputs)).outputs[0].text == "two"
+        with pytest.raises(MemoryError):
+            await anext(outputs)
+    else:
+        await outputs.aclose()
+
+
+async def test_an_answer_that_a_stopping_engine_gave_up_is_not_a_whole_one(turns: Turns) -> None:
+    async def generate(*, lora_request: LoRARequest | None) -> AsyncIterator[RequestOutput]:
+        yield said("Par")
+        yield said("is", "abort")
+
+    for request in (LoRARequest("errata@7", 7, "/adapter"), None):
+        outputs = turns.in_turn(generate, Adapters())(lora_request=request)
+        assert (await anext(outputs)).outputs[0].text == "Par"
+        with pytest.raises(GenerationError, match="stopped before the answer had ended"):
+            await anext(outputs)
         assert not turns._in_flight
 
 
@@ -224,19 +315,19 @@ async def test_a_request_whose_adapter_was_evicted_before_its_turn_has_it_loaded
     adapters = Adapters()
     asked: list[int] = []
 
-    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[str]:
+    async def generate(*, lora_request: LoRARequest) -> AsyncIterator[RequestOutput]:
         asked.append(lora_request.lora_int_id)
         assert turns.wanted(lora_request.lora_int_id)
-        yield "said"
+        yield said("said", "stop")
 
     blocking = await started(turns, 1, 2, 3, 4)
     request = LoRARequest("errata@7", 7, "/adapter")
-    answer = asyncio.create_task(anext(turns.in_turn(generate, adapters)(lora_request=request)))
-    await asyncio.sleep(0)
+    answer = asyncio.create_task(texts(turns.in_turn(generate, adapters)(lora_request=request)))
+    await settled()
     assert turns.wanted(7), "it waits"
     adapters.evicted = {7, 17}
     await end(blocking[0])
-    assert (await answer, asked) == ("said", [27])
+    assert (await answer, asked) == (["said"], [27])
     assert not turns.wanted(7)
     await end(*blocking[1:])
 

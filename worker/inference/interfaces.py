@@ -81,6 +81,8 @@ FUNCTIONS = (
     Function(f"{_MODELS}.__init__", (), ("lora_requests",)),
     Function(f"{_MODELS}.resolve_lora", ("lora_name",), ("add_lora", "lora_requests")),
     Function("vllm.v1.engine.async_llm.AsyncLLM.generate", ("lora_request",)),
+    Function("vllm.outputs.RequestOutput.__init__", ("outputs",)),
+    Function("vllm.outputs.CompletionOutput.__init__", ("finish_reason",)),
     Function("vllm.v1.engine.async_llm.AsyncLLM.add_lora", ("lora_request",)),
     Function("vllm.v1.engine.async_llm.AsyncLLM.remove_lora", ("lora_id",)),
     Function("vllm.v1.engine.async_llm.AsyncLLM.collective_rpc", ("method", "args")),

@@ -65,6 +65,7 @@ class ResidentVersions:
         self._add_lora = engine.add_lora
         self._resolve_lora = models.resolve_lora
         self._loading = asyncio.Lock()
+        self._left: dict[str, LoRARequest] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def check_parameters(self, parameters: Collection[str]) -> None:
@@ -152,10 +153,14 @@ class ResidentVersions:
     async def evict(self, version: int) -> None:
         """Forget a version: at once in the server, and in the engine when its requests in flight have ended.
 
-        Nothing that was computed with its slot is used when it comes again: the slot may have been damaged.
+        Nothing that was computed with its slot is used when it comes again: the slot may have been damaged. That holds
+        for a version that has left to make room, too.
 
         Raises NotResidentError.
         """
+        left = self._left.pop(model_name(version), None)
+        if left is not None:
+            self._retire(left)
         request = self._models.lora_requests.get(model_name(version))
         if request is None:
             raise NotResidentError(version)
@@ -198,6 +203,7 @@ class ResidentVersions:
         for request in list(self._models.lora_requests.values()):
             if request.lora_int_id == oldest:
                 self._forget(request)
+                self._left[request.lora_name] = request
         await self._remove(oldest)
 
     def knows(self, request: LoRARequest) -> bool:

@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
+import msgspec
+from vllm.exceptions import GenerationError
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 
 _DRAIN_S = 5.0
 
@@ -52,26 +55,46 @@ class Turns:
         """The adapters that are pinned."""
         return self._pinned
 
-    def in_turn(self, generate: Callable[..., Any], adapters: Adapters) -> Callable[..., AsyncIterator[Any]]:
-        """The engine's `generate`, each call in its adapter's turn until its last output or its end.
+    def in_turn(self, generate: Callable[..., Any], adapters: Adapters) -> Callable[..., AsyncIterator[RequestOutput]]:
+        """The engine's `generate`, each call in its adapter's turn until the engine has ended the answer.
 
         A request whose adapter was evicted before its turn came has the version loaded again: the engine would read
         the adapter's folder in the middle of a batch, unverified, and end where the folder has gone.
+
+        Raises GenerationError for an answer that the engine gave up.
         """
 
-        async def generate_in_turn(
-            *args: Any, lora_request: LoRARequest | None = None, **options: Any
-        ) -> AsyncIterator[Any]:
+        async def answer(
+            outputs: asyncio.Queue[RequestOutput | None], lora_request: LoRARequest | None, *args: Any, **options: Any
+        ) -> None:
             while True:
                 async with self.turn(lora_request.lora_int_id if lora_request else None):
                     if lora_request is None or adapters.knows(lora_request):
+                        asked = _named_apart(lora_request) if lora_request else None
                         # Closed before the turn ends: an abort must be on its way to the engine before another
                         # version's request.
-                        async with aclosing(generate(*args, lora_request=lora_request, **options)) as outputs:
-                            async for output in outputs:
-                                yield output
+                        async with aclosing(generate(*args, lora_request=asked, **options)) as produced:
+                            async for output in produced:
+                                outputs.put_nowait(output)
                         return
                 lora_request = await adapters.renewed(lora_request)
+
+        async def generate_in_turn(
+            *args: Any, lora_request: LoRARequest | None = None, **options: Any
+        ) -> AsyncIterator[RequestOutput]:
+            # Without a bound: a reader who takes nothing must not keep the turn, and an answer is no longer than the
+            # model's context.
+            outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+            answering = asyncio.create_task(answer(outputs, lora_request, *args, **options))
+            answering.add_done_callback(lambda _: outputs.put_nowait(None))
+            try:
+                while (output := await outputs.get()) is not None:
+                    _check_whole(output)
+                    yield output
+                await answering
+            finally:
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
 
         return generate_in_turn
 
@@ -175,3 +198,18 @@ class Turns:
         while not self._room(self._in_flight.keys(), pinned):
             self._left.clear()
             await self._left.wait()
+
+
+def _named_apart(request: LoRARequest) -> LoRARequest:
+    """The request under a name that no other adapter in the engine has, which is its folder's.
+
+    vLLM takes requests of one name for one adapter when it looks which of them a batch needs. While an evicted version
+    still answers and is loaded again, one of the two would be missing and might lose its slot in the middle of a batch.
+    """
+    return msgspec.structs.replace(request, lora_name=request.lora_path)
+
+
+def _check_whole(output: RequestOutput) -> None:
+    """An engine that is told to stop ends its answers as aborted, and vLLM's server would hand them out as whole."""
+    if any(completion.finish_reason == "abort" for completion in output.outputs):
+        raise GenerationError("the node was stopped before the answer had ended")
