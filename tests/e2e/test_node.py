@@ -279,3 +279,10 @@ def test_a_killed_node_heals_on_the_first_request(node: Node) -> None:
     assert node.resident() == {}
     assert node.score("errata@1") == score
     assert node.resident()[1]["slot"] is not None
+
+
+def test_a_node_that_is_told_to_stop_finishes_its_answers_first(node: Node) -> None:
+    """The last test here: the node is gone behind it."""
+    undisturbed = stream(node, 10, lambda: None)
+    assert stream(node, 10, lambda: node.process.send_signal(signal.SIGTERM)) == undisturbed
+    node.process.wait(60)

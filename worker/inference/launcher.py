@@ -21,6 +21,9 @@ from worker.inference.fused import module_names
 log = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
+# For answers under way when the node is told to stop. Without it vLLM breaks them off, and where its engine's processes
+# are told too, its server waits for them for ever.
+_DRAIN_S = "20"
 _TRACES = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
@@ -146,6 +149,7 @@ def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_
     arguments += ["--language-model-only"]
     arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
     arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
+    arguments += ["--shutdown-timeout", _DRAIN_S]
     return [*arguments, "--enforce-eager", *cpu_precision()] if on_cpu else arguments
 
 
