@@ -19,7 +19,8 @@ from tests.chaos.campaign import Injected, Outcome, carry_out
 from tests.chaos.faults import FAULTS
 from tests.chaos.world import world_of_its_own
 
-_REST_WITHIN_S = 300.0
+# Faults make runs fail, and behind eight failures in a row the next one waits for two minutes (service.triggers).
+_REST_WITHIN_S = 600.0
 _PAUSE_S = 3.0
 _COLUMNS = (
     "fault",
