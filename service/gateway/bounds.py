@@ -8,7 +8,7 @@ from service.errors import InvalidRequestError
 # vLLM's buffers for one request on a GPU: what does not fit is found out in the middle of a batch and ends the engine,
 # and with it every answer under way (v1/worker/gpu/sample). To the stop tokens the model adds its own. A bad word is
 # kept in two spellings, each of a token for every byte at most, and one for the space in front.
-MOST_ENTRIES = {"allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 100, "bad_words": 50}
+MOST_ENTRIES = (("allowed_token_ids", 1024), ("logit_bias", 1024), ("stop_token_ids", 100), ("bad_words", 50))
 MOST_BAD_WORDS_BYTES = 450
 
 
@@ -18,7 +18,7 @@ def check(body: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequestError: a list is too long.
     """
-    for name, most in MOST_ENTRIES.items():
+    for name, most in MOST_ENTRIES:
         if isinstance(given := body.get(name), list | dict) and len(given) > most:
             raise InvalidRequestError(f"{name}: at most {most} entries, not {len(given)}", param=name)
     if isinstance(words := body.get("bad_words"), list):

@@ -26,16 +26,17 @@ def test_the_most(name: str, most: list[object] | dict[str, object]) -> None:
     assert refused.value.param == name
 
 
-@pytest.mark.parametrize("name", MOST_ENTRIES)
+@pytest.mark.parametrize("name", dict(MOST_ENTRIES))
 @pytest.mark.parametrize("given", [None, "a" * 2000, 5, []])
 def test_what_is_no_list_is_the_nodes_to_refuse(name: str, given: object) -> None:
     check({name: given})
 
 
 def test_it_is_within_what_a_node_has_room_for() -> None:
-    assert MOST_ENTRIES["allowed_token_ids"] <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
-    assert MOST_ENTRIES["logit_bias"] <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
-    assert MOST_ENTRIES["stop_token_ids"] <= logit_bias.MAX_NUM_STOP_TOKEN_IDS - 20, "room for the model's own"
-    words = MOST_ENTRIES["bad_words"]
+    most = dict(MOST_ENTRIES)
+    assert most["allowed_token_ids"] <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
+    assert most["logit_bias"] <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert most["stop_token_ids"] <= logit_bias.MAX_NUM_STOP_TOKEN_IDS - 20, "room for the model's own"
+    words = most["bad_words"]
     assert 2 * words <= envs.VLLM_MAX_NUM_BAD_WORDS
     assert 2 * (MOST_BAD_WORDS_BYTES + words) <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
