@@ -193,18 +193,6 @@ class RunStore:
         """Whether no run waits or is under way, and no cancelled one keeps the triggers waiting."""
         return not self._redis.exists(self._keys.hold, self._keys.next, self._keys.current)
 
-    def _end(
-        self,
-        run_id: str,
-        status: RunStatus,
-        error: EditError | None,
-        *,
-        only: RunStatus | None,
-        back: Mapping[str, object] | None,
-    ) -> bool:
-        answer = self._finish({"run": run_id, "status": status, "error": _said(error), "only": only, "back": back})
-        return "ended" not in answer
-
     def beat(self, worker: str) -> None:
         """A train worker says that it is there."""
         self._redis.zadd(self._keys.workers, {worker: self._clock()})
@@ -217,6 +205,18 @@ class RunStore:
         """Train workers heard of within so many seconds."""
         since = self._clock() - within_s
         return cast(list[str], self._redis.zrangebyscore(self._keys.workers, since, "+inf"))
+
+    def _end(
+        self,
+        run_id: str,
+        status: RunStatus,
+        error: EditError | None,
+        *,
+        only: RunStatus | None,
+        back: Mapping[str, object] | None,
+    ) -> bool:
+        answer = self._finish({"run": run_id, "status": status, "error": _said(error), "only": only, "back": back})
+        return "ended" not in answer
 
 
 def new_run_id() -> str:

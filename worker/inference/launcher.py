@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
 # For answers under way when the node is told to stop. Without it vLLM breaks them off, and where its engine's processes
-# are told too, its server waits for them for ever.
+# are told too, its server goes on waiting for them.
 _DRAIN_S = "20"
 _TRACES = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
