@@ -14,6 +14,7 @@ from service.api import audit, edits, events, health, metrics, runs, versions
 from service.api.access import KeyDemand, require_a_key
 from service.api.dependencies import Parts, Shared
 from service.api.errors import install_error_handlers
+from service.api.imports import IMPORT_PATH
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import KEYLESS, document_scopes
 from service.draining import stop_announced
@@ -64,9 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = measured = ServiceMetrics()
     install_error_handlers(app)
-    app.add_middleware(
-        BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({edits.IMPORT_PATH}), unread=KEYLESS
-    )
+    app.add_middleware(BodyLimit, max_bytes=chosen.body_max_bytes, streamed=frozenset({IMPORT_PATH}), unread=KEYLESS)
     app.add_middleware(ClientPace, timeout_s=chosen.client_timeout_s)
     app.add_middleware(KeyDemand, settings=chosen)
     app.add_middleware(Measured, metrics=measured)

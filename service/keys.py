@@ -16,7 +16,7 @@ class EditKeys:
     prompt: str = "errata:edits:prompt:"  # … SHA-256 of the normalised prompt: set of ids
     settled: str = "errata:edits:settled"  # number of the version that the statuses agree with
     unsettled: str = "errata:edits:unsettled"  # set of the prompts (SHA-256) of which an edit was put aside since
-    idempotency: str = "errata:idempotency:"  # … SHA-256 of the key: hash of body digest and ids; expires
+    idempotency: str = "errata:idempotency:"  # … actor:SHA-256 of the key: hash of body digest and ids; expires
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,19 @@ class Idempotency:
     body: str
 
     @classmethod
-    def of(cls, key: str, route: str, body: bytes) -> "Idempotency":
-        """Hashes a key and the canonical body that came with it."""
-        return cls(_digest(key), hashlib.sha256(route.encode() + b"\0" + body).hexdigest())
+    def of(cls, key: str, route: str, body: bytes, *, part: int = 0) -> "Idempotency":
+        """Hashes a key and the canonical body that came with it.
+
+        Args:
+            key: what the client sent; clients of other API keys may send the same.
+            route: where to.
+            body: what it means.
+            part: which one, where the parts of a body are stored one by one.
+        """
+        # No header has a NUL in it, so this is nobody's own key.
+        return cls(
+            _digest(f"{key}\0{part}" if part else key), hashlib.sha256(route.encode() + b"\0" + body).hexdigest()
+        )
 
 
 @dataclass(frozen=True)

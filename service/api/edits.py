@@ -2,16 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from service.api.dependencies import Parts, PartsDep
-from service.api.errors import RESPONSES, validation_error
-from service.errors import BusyError, ErrataError, InvalidRequestError
+from service.api.errors import RESPONSES
+from service.api.imports import Import, chunks
 from service.events import follow
 from service.schemas import (
     Edit,
@@ -21,7 +19,6 @@ from service.schemas import (
     EditRequest,
     EditState,
     EditStatus,
-    ImportLineError,
     ImportReport,
     Page,
     Run,
@@ -30,14 +27,16 @@ from service.store import Idempotency
 
 router = APIRouter(prefix="/edits", tags=["edits"], responses=RESPONSES)
 
-IMPORT_PATH = "/edits/import"
-_IMPORT_CHUNK = 200
-_IMPORT_ERRORS = 1_000
 _MOVING = frozenset({EditStatus.QUEUED, EditStatus.TRAINING, EditStatus.TRAINED, EditStatus.RETRACTING})
 
 IdempotencyKey = Annotated[
     str | None,
-    Header(min_length=1, max_length=255, description="The same key and body answer with the same edits"),
+    Header(
+        min_length=1,
+        max_length=255,
+        description="The same key and body answer with the same edits. Each API key has its own: with another one, "
+        "also the one that replaces it, they are new",
+    ),
 ]
 
 
@@ -73,14 +72,16 @@ def submit_batch(body: EditBatchRequest, parts: PartsDep, idempotency_key: Idemp
         "requestBody": {"required": True, "content": {"application/x-ndjson": {"schema": {"type": "string"}}}}
     },
 )
-async def import_edits(request: Request, parts: PartsDep) -> ImportReport:
-    """Stores corrections from a stream of JSON lines of any length; valid lines are kept, the others reported."""
-    importer = _Import(parts)
-    async for number, line in _lines(request, parts.settings.import_line_max_bytes):
-        importer.add(number, line)
-        if len(importer.pending) >= _IMPORT_CHUNK:
-            await run_in_threadpool(importer.flush)
-    await run_in_threadpool(importer.flush)
+async def import_edits(request: Request, parts: PartsDep, idempotency_key: IdempotencyKey = None) -> ImportReport:
+    """Stores corrections from a stream of JSON lines of any length; valid lines are kept, the others reported.
+
+    It stores them piece by piece. One that broke off, sent again with the same Idempotency-Key, answers with the edits
+    that are stored and stores the rest.
+    """
+    importer = Import(parts, idempotency_key)
+    async for chunk in chunks(request.stream(), line_max_bytes=parts.settings.import_line_max_bytes):
+        # The tokenizer and pydantic take their time: on the event loop every stream would wait for them.
+        await run_in_threadpool(importer.store, chunk)
     await run_in_threadpool(parts.reconciler.pull)
     return importer.report()
 
@@ -182,84 +183,3 @@ def _progress(run: Run) -> EditProgress:
         loss=last.loss if last else None,
         elapsed_s=round(time.time() - (run.started_at or time.time()), 1),
     )
-
-
-class _Import:
-    """Collects the lines of one import and stores them in chunks."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self.pending: list[tuple[int, EditRequest]] = []
-        self._errors: list[ImportLineError] = []
-        self._rejected = 0
-        self._ids: list[str] = []
-
-    def add(self, number: int, line: bytes | InvalidRequestError) -> None:
-        """Checks one line."""
-        try:
-            if isinstance(line, InvalidRequestError):
-                raise line
-            self.pending.append((number, self._parts.checker.check(_parse(line))))
-        except InvalidRequestError as error:
-            self._reject(number, error)
-
-    def flush(self) -> None:
-        """Stores what is pending, or rejects it if the queue is full."""
-        if not self.pending:
-            return
-        requests = [request for _, request in self.pending]
-        try:
-            edits = self._parts.stores.edits.submit(requests)
-            self._ids.extend(edit.id for edit in edits)
-        except BusyError as error:
-            for number, _ in self.pending:
-                self._reject(number, error)
-        self.pending = []
-
-    def report(self) -> ImportReport:
-        """What became of the lines."""
-        return ImportReport(
-            accepted=len(self._ids),
-            rejected=self._rejected,
-            errors=self._errors,
-            first_id=self._ids[0] if self._ids else None,
-            last_id=self._ids[-1] if self._ids else None,
-        )
-
-    def _reject(self, number: int, error: ErrataError) -> None:
-        self._rejected += 1
-        if len(self._errors) < _IMPORT_ERRORS:
-            self._errors.append(ImportLineError(line=number, message=error.message, param=error.param, code=error.code))
-
-
-def _parse(line: bytes) -> EditRequest:
-    try:
-        return EditRequest.model_validate_json(line)
-    except ValidationError as error:
-        raise validation_error(error.errors(include_input=False, include_url=False)) from error
-
-
-async def _lines(request: Request, max_bytes: int) -> AsyncIterator[tuple[int, bytes | InvalidRequestError]]:
-    """The body's lines that are not blank, counted from 1; one that is too long is an error and is not kept."""
-    number, buffer, too_long = 1, bytearray(), False
-
-    def complete() -> bytes | InvalidRequestError:
-        if too_long:
-            return InvalidRequestError(f"the line has more than {max_bytes} bytes", code="line_too_long")
-        return bytes(buffer)
-
-    async for chunk in request.stream():
-        *ended, rest = chunk.split(b"\n")
-        for part in ended:
-            buffer += part
-            too_long = too_long or len(buffer) > max_bytes
-            if too_long or buffer.strip():
-                yield number, complete()
-            number, too_long = number + 1, False
-            buffer.clear()
-        buffer += rest
-        if len(buffer) > max_bytes:
-            too_long = True
-            buffer.clear()
-    if too_long or buffer.strip():
-        yield number, complete()

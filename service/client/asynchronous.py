@@ -98,9 +98,12 @@ class AsyncErrataClient:
         """Stores up to 1,000 corrections, all or none."""
         return await self._send(calls.submit_batch(edits, idempotency_key))
 
-    async def import_edits(self, source: ImportSource) -> ImportReport:
-        """Stores any number of corrections, from requests or from an NDJSON file; valid lines are kept."""
-        return await self._send(calls.import_edits(source))
+    async def import_edits(self, source: ImportSource, *, idempotency_key: str | None = None) -> ImportReport:
+        """Stores any number of corrections, from requests or from an NDJSON file; valid lines are kept.
+
+        One that broke off may be repeated with the same key and content: what was stored is not stored again.
+        """
+        return await self._send(calls.import_edits(source, idempotency_key))
 
     async def edits(
         self, *, status: EditStatus | None = None, q: str | None = None, after: str | None = None, limit: int = 100

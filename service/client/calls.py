@@ -115,9 +115,9 @@ def submit_batch(edits: Iterable[EditRequest], idempotency_key: str | None) -> C
     return Call("POST", "/edits/batch", _data(Page[Edit]), json=body, headers=_once(idempotency_key))
 
 
-def import_edits(source: ImportSource) -> Call[ImportReport]:
+def import_edits(source: ImportSource, idempotency_key: str | None) -> Call[ImportReport]:
     """``POST /edits/import``."""
-    headers = {"Content-Type": "application/x-ndjson"}
+    headers = {"Content-Type": "application/x-ndjson", **_once(idempotency_key)}
     return Call("POST", "/edits/import", _model(ImportReport), body=_ndjson(source), headers=headers)
 
 

@@ -11,8 +11,10 @@ local function stored(ids)
 end
 
 local once = payload.idempotency
-if once ~= cjson.null and once then
-  local known = redis.call('HMGET', keys.idempotency .. once.key, 'body', 'ids')
+-- Two clients may number their requests alike: a key is its API key's own.
+local kept = once ~= cjson.null and once and keys.idempotency .. context.actor .. ':' .. once.key
+if kept then
+  local known = redis.call('HMGET', kept, 'body', 'ids')
   if known[1] then
     if known[1] ~= once.body then return '{"reused":true}' end
     return stored(cjson.decode(known[2]))
@@ -49,11 +51,10 @@ if #new > 0 then
   for _, edit in ipairs(new) do named[#named + 1] = edit.id end
   audit(queued and 'edits.submitted' or 'edits.proposed', {ids = named})
 end
-if queued then redis.call('DEL', keys.hold) end
+if queued and #new > 0 then redis.call('DEL', keys.hold) end
 
-if once ~= cjson.null and once then
-  local key = keys.idempotency .. once.key
-  redis.call('HSET', key, 'body', once.body, 'ids', list(ids))
-  redis.call('EXPIRE', key, once.ttl_s)
+if kept then
+  redis.call('HSET', kept, 'body', once.body, 'ids', list(ids))
+  redis.call('EXPIRE', kept, once.ttl_s)
 end
 return stored(ids)

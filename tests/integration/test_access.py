@@ -1,5 +1,6 @@
 """Who is let in, over the real application, a real Redis and real sockets."""
 
+import json
 import os
 import socket
 import subprocess
@@ -208,6 +209,20 @@ def test_a_key_that_asks_too_often(api: httpx.Client, stores: Stores) -> None:
     assert 1 <= int(refused.headers["retry-after"]) <= 20
     assert api.get("/health/live", headers=headers).status_code == 200
     assert api.get("/edits", headers=other).status_code == 200
+
+
+def test_an_idempotency_key_is_its_api_keys_own(api: httpx.Client, stores: Stores) -> None:
+    one, other = (bearer(stores.keys.create(name, [Scope.EDIT]).key) for name in ("one", "other"))
+    sent = {"Idempotency-Key": "7"}
+    first = api.post("/edits", json=GOOD, headers=one | sent).json()
+    same = api.post("/edits", json=GOOD, headers=other | sent)
+    assert (same.status_code, same.json()["id"] == first["id"]) == (202, False)
+    assert api.post("/edits", json=GOOD, headers=one | sent).json()["id"] == first["id"]
+    line = json.dumps(GOOD)
+    for headers in (one, other):
+        refused = api.post("/edits/import", content=line, headers=headers | sent)
+        assert_error(refused, 422, code="idempotency_key_reused")
+    assert api.post("/edits/import", content=line, headers=bearer(OPERATORS) | sent).json()["accepted"] == 1
 
 
 def test_on_loopback_nobody_is_asked(module_settings: Settings, stores: Stores) -> None:

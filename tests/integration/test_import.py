@@ -1,5 +1,6 @@
-"""Imports of any bytes: each line that is not blank is stored as it was meant, or reported by its number."""
+"""Imports: each line that is not blank is stored as it was meant, once, or reported by its number."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 from redis_server import RedisServer
-from service_process import serving
+from service_process import assert_error, serving
 
+from service.schemas import EditRequest
 from service.settings import Settings
 from service.stores import Stores
+from service.tokens import EditChecker
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -98,3 +101,116 @@ def test_accepted_and_rejected_are_all_lines_and_what_is_meant_is_kept(base_url:
     with httpx.Client(base_url=base_url, timeout=15) as client:
         imported()
     assert any(accepted and rejected for accepted, rejected in seen)
+
+
+@pytest.fixture
+def api(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=15) as client:
+        yield client
+
+
+def good(*numbers: int) -> list[str]:
+    return [json.dumps({"prompt": f"p{number}", "target": "t"}) for number in numbers]
+
+
+def imported(api: httpx.Client, lines: list[str], key: str | None = "k") -> httpx.Response:
+    headers = {} if key is None else {"Idempotency-Key": key}
+    return api.post("/edits/import", content="".join(f"{line}\n" for line in lines), headers=headers)
+
+
+def test_a_line_is_checked_in_a_thread(api: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the event loop every stream would wait for it."""
+    check, seen = EditChecker.check, []
+
+    def watched(checker: EditChecker, request: EditRequest) -> EditRequest:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        seen.append(request.prompt)
+        return check(checker, request)
+
+    monkeypatch.setattr(EditChecker, "check", watched)
+    assert imported(api, good(*range(201)), None).json()["accepted"] == 201
+    assert len(seen) == 201
+
+
+def test_a_repeated_import_answers_with_what_it_stored(api: httpx.Client, stores: Stores) -> None:
+    lines = ["no JSON", *good(*range(400)), "{}"]
+    first = imported(api, lines)
+    assert (first.json()["accepted"], first.json()["rejected"]) == (400, 2)
+    assert imported(api, lines).json() == first.json()
+    assert stores.edits.accepted() == 400
+    assert imported(api, lines, "other").json()["first_id"] != first.json()["first_id"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        good(1000, *range(1, 400)),
+        good(*range(399), 1000),
+        good(*range(401)),
+        good(*range(200)),
+        good(*range(399)),
+        [],
+        ["no JSON"] * 400,
+    ],
+    ids=["first line", "last line", "longer", "a chunk shorter", "a line shorter", "empty", "no good line"],
+)
+def test_another_body_with_the_same_key_is_refused_and_not_stored(
+    api: httpx.Client, stores: Stores, other: list[str]
+) -> None:
+    for key, one, two in (("there", good(*range(400)), other), ("back", other, good(*range(400)))):
+        imported(api, one, key)
+        before = stores.edits.accepted()
+        assert_error(imported(api, two, key), 422, param="Idempotency-Key", code="idempotency_key_reused")
+        assert stores.edits.accepted() == before
+
+
+def test_a_key_of_an_import_is_of_no_other_route(api: httpx.Client, stores: Stores) -> None:
+    imported(api, good(1))
+    again = api.post("/edits", content=good(1)[0], headers={"Idempotency-Key": "k", "Content-Type": "application/json"})
+    assert_error(again, 422, code="idempotency_key_reused")
+    assert stores.edits.accepted() == 1
+
+
+def test_an_import_without_a_good_line_wakes_no_trigger(api: httpx.Client, stores: Stores) -> None:
+    imported(api, good(1), None)
+    queued = stores.runs.queued()
+    assert queued is not None
+    stores.runs.cancel(queued.id)
+    assert imported(api, ["no JSON"]).json()["rejected"] == 1
+    assert stores.runs.queued() is None
+
+
+def test_what_redis_did_not_take_is_stored_by_the_repetition_and_nothing_twice(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    settings = Settings(redis_url=server.url, model=str(tokenizer_folder), nodes=("http://127.0.0.1:1",))
+    stores = Stores.connect(settings)
+    body = "".join(f"{line}\n" for line in good(*range(450))).encode()
+    middle = body.index(b'"p250"')
+
+    def broken() -> Iterator[bytes]:
+        yield body[:middle]
+        while not stores.edits.accepted():
+            pass
+        server.kill()
+        yield body[middle:]
+
+    try:
+        with serving(settings) as url, httpx.Client(base_url=url, timeout=60) as client:
+            key = {"Idempotency-Key": "k"}
+            failed = client.post("/edits/import", content=broken(), headers=key)
+            assert_error(failed, 503, code="redis_unavailable")
+            server.start()
+            stored = stores.edits.accepted()
+            assert stored == 200
+            report = client.post("/edits/import", content=body, headers=key).json()
+            assert (report["accepted"], report["rejected"]) == (450, 0)
+            listed = client.get("/edits", params={"limit": 1000}).json()["data"]
+        assert [edit["prompt"] for edit in listed] == [f"p{number}" for number in reversed(range(450))]
+        assert (listed[-1]["id"], listed[0]["id"]) == (report["first_id"], report["last_id"])
+    finally:
+        stores.redis.close()
+        server.stop()

@@ -66,6 +66,13 @@ def test_submit_without_a_key_sends_none(client: ErrataClient, service: FakeServ
     assert "Idempotency-Key" not in service.requests[0].headers
 
 
+def test_an_import_may_have_a_key(client: ErrataClient, service: FakeService) -> None:
+    client.import_edits([], idempotency_key="k")
+    client.import_edits([])
+
+    assert [request.headers.get("Idempotency-Key") for request in service.requests] == ["k", None]
+
+
 def test_submit_batch_answers_with_the_edits(client: ErrataClient) -> None:
     edits = client.submit_batch([EditRequest(prompt="P", target="A"), EditRequest(prompt="Q", target="B")])
 
@@ -237,7 +244,8 @@ async def test_the_async_client_does_the_same(aclient: AsyncErrataClient, servic
 
     assert {state.status for state in states.values()} == {EditStatus.LIVE}
     assert (await aclient.ask("P1")).text == "A"
-    assert (await aclient.import_edits([EditRequest(prompt="P", target="A")])).accepted == 1
+    assert (await aclient.import_edits([EditRequest(prompt="P", target="A")], idempotency_key="k")).accepted == 1
+    assert service.requests[-1].headers["Idempotency-Key"] == "k"
     assert [edit.prompt async for edit in aclient.all_edits(page_size=2)] == ["P", "P2", "P1", "P0"]
     assert [event.id async for event in aclient.events()] == ["1-0"]
     assert (await aclient.rollback(0)).active == 0
