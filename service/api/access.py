@@ -73,6 +73,7 @@ class Keyring:
         self._clock = clock
         self._monotonic = monotonic
         self._seen: dict[str, tuple[float, Credential]] = {}
+        self._touched: dict[str, float] = {}
 
     async def key_of(self, token: str, store: KeyStore) -> ApiKey | None:
         """The usable key that a client's token is, or None."""
@@ -83,6 +84,7 @@ class Keyring:
         credential = await self._credential(parts[0], store)
         if credential is None or not credential.matches(parts[1]) or not credential.key.usable(self._clock()):
             return None
+        await self._touch(credential.key, store)
         return credential.key
 
     async def _credential(self, key_id: str, store: KeyStore) -> Credential | None:
@@ -90,18 +92,18 @@ class Keyring:
         looked_up, credential = self._seen.get(key_id, (now - CACHE_S, None))
         if credential and now - looked_up < CACHE_S:
             return credential
-        credential = await run_in_threadpool(self._look_up, key_id, store)
+        credential = await run_in_threadpool(store.credential, key_id)
         # Ids that nobody gave out are not kept: they would fill the memory.
         if credential:
             self._seen[key_id] = (now, credential)
         return credential
 
-    def _look_up(self, key_id: str, store: KeyStore) -> Credential | None:
-        credential = store.credential(key_id)
+    async def _touch(self, key: ApiKey, store: KeyStore) -> None:
+        now = self._clock()
         # To the minute is enough, and a write waits for the disk.
-        if credential and self._clock() - (credential.key.last_used_at or 0) >= _TOUCH_S:
-            store.touch(key_id)
-        return credential
+        if now - max(key.last_used_at or 0, self._touched.get(key.id, 0)) >= _TOUCH_S:
+            self._touched[key.id] = now
+            await run_in_threadpool(store.touch, key.id)
 
 
 _OPERATORS_KEY = ApiKey(id=OPERATOR, name="ERRATA_API_KEY", scopes=tuple(api_keys.Scope), created_at=0)

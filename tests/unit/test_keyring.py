@@ -94,6 +94,26 @@ async def test_the_last_use_is_written_once_a_minute(keyring: Keyring, last_used
     assert store.touched == touched
 
 
+async def test_only_a_use_is_a_use(keyring: Keyring, clock: Clock) -> None:
+    """Ids are in the audit log: whoever reads it must not make a key look used."""
+    store = Store()
+    wrong = f"errata_{KEY.id}_{'6' * 64}"
+    assert await keyring.key_of(wrong, store) is None
+    assert store.touched == 0
+    assert await keyring.key_of(TOKEN, store) == KEY
+    assert (store.looked_up, store.touched) == (1, 1)
+    clock.now += 2 * CACHE_S
+    assert await keyring.key_of(TOKEN, store) == KEY
+    assert (store.looked_up, store.touched) == (2, 1), "to the minute"
+
+
+@pytest.mark.parametrize("end", ["revoked_at", "expires_at"])
+async def test_a_key_that_opens_nothing_is_not_used(keyring: Keyring, end: str) -> None:
+    store = Store(KEY.model_copy(update={end: 999}))
+    assert await keyring.key_of(TOKEN, store) is None
+    assert store.touched == 0
+
+
 async def test_the_operators_key_has_every_scope_and_needs_no_redis(keyring: Keyring) -> None:
     store = Store()
     key = await keyring.key_of(OPERATORS, store)
