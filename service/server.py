@@ -41,6 +41,7 @@ def main() -> None:
         http=protocol(settings),
         ws="none",
         access_log=False,
+        log_config=None,  # its own would write plain text beside the application's lines
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
 

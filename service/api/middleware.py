@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import logging
 import re
 import secrets
 import time
 
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ClientTooSlowError, ErrataError, TooLargeError
@@ -15,6 +17,10 @@ from service.logs import bound
 from service.metrics.process import METHODS, ServiceMetrics
 from service.tracing import continued, span
 
+log = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""The status of an answer that nobody reads; nginx calls it so too."""
 PACE_BYTES = 16 * 1024
 """With the default patience a modem keeps this pace."""
 
@@ -110,6 +116,10 @@ class Measured:
         self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive_timed, send_counted)
+        except ClientDisconnect:
+            # Nothing is wrong with the service.
+            status = CLIENT_LEFT
+            log.info("request.aborted", extra={"method": scope["method"], "path": scope["path"]})
         finally:
             self._metrics.in_flight.dec()
             if passage := state.get("passage"):
@@ -198,7 +208,7 @@ class BodyLimit:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                raise ClientDisconnect
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max_bytes:

@@ -11,14 +11,12 @@ from fastapi import APIRouter, Header, Request, Response
 from service.api.access import Caller
 from service.api.dependencies import Parts, PartsDep
 from service.api.errors import RESPONSES, printable
+from service.api.middleware import CLIENT_LEFT
 from service.errors import BusyError, ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
 from service.gateway.canary import CanaryTraffic
 from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
 from service.gateway.proxy import Proxy
 from service.metrics.process import Passage
-
-# For the metrics; nginx tells it so. Nobody reads the answer.
-_CLIENT_LEFT = 499
 
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
@@ -104,7 +102,7 @@ async def _while_asked(request: Request, forwarded: Coroutine[Any, Any, Response
     left = asyncio.create_task(_client_left(request))
     try:
         await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=_CLIENT_LEFT)
+        return answer.result() if answer.done() else Response(status_code=CLIENT_LEFT)
     finally:
         answer.cancel()
         left.cancel()

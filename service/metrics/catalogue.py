@@ -154,7 +154,10 @@ NODE_ACTIVE = Metric(
     ["node"],
 )
 HTTP_REQUESTS = Metric(
-    "counter", "errata_http_requests_total", "Requests that ended, by route and status", ["method", "route", "status"]
+    "counter",
+    "errata_http_requests_total",
+    "Requests that ended, by route and status; 499: the client left before its answer",
+    ["method", "route", "status"],
 )
 HTTP_SECONDS = Metric(
     "histogram",

@@ -1,5 +1,7 @@
 """More than the service can do, clients that stall, and a service that is told to stop: over real connections."""
 
+import json
+import logging
 import os
 import signal
 import socket
@@ -245,6 +247,28 @@ def test_a_client_that_stops_in_its_body_is_told(pressed: Settings) -> None:
                 assert client.recv(4096).startswith(b"HTTP/1.1 408 "), path
 
 
+def test_a_client_that_breaks_off_its_body_is_no_error_of_ours(
+    pressed: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(pressed) as url:
+        caplog.set_level(logging.INFO)
+        for path in ("/edits", "/edits/import"):
+            with connection(url) as client:
+                client.sendall(request(path, b'{"prompt": ', length=1000))
+                time.sleep(0.1)
+        deadline = time.monotonic() + 20
+        while (measured := httpx.get(f"{url}/metrics").text).count('status="499"') < 2:
+            assert time.monotonic() < deadline, measured
+            time.sleep(0.05)
+    assert 'status="500"' not in measured
+    assert 'route="/edits/import",status="499"' in measured
+    assert [record.path for record in caplog.records if record.message == "request.aborted"] == [
+        "/edits",
+        "/edits/import",
+    ]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_a_body_that_drips_is_given_up(pressed: Settings) -> None:
     with serving(pressed) as url:
         for path in ("/edits", "/edits/import"):
@@ -430,6 +454,18 @@ def test_a_service_that_is_told_to_stop_ends_its_streams_first(
         waiter.join(1)
         assert not follower.is_alive()
         assert not waiter.is_alive()
+
+
+def test_every_line_of_the_services_log_is_json(pressed: Settings, tmp_path: Path) -> None:
+    with started(pressed, tmp_path) as (url, process):
+        with connection(url) as client:
+            client.sendall(b"no HTTP\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
+        process.send_signal(signal.SIGTERM)
+        process.wait(pressed.shutdown_grace_s)
+    said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert all({"at", "level", "event", "logger"} <= set(line) for line in said)
+    assert {line["event"] for line in said} >= {"Application startup complete.", "Invalid HTTP request received."}
 
 
 @contextmanager
