@@ -106,7 +106,7 @@ class EditReader:
         return self.get(first[0]).updated_at if first else None
 
     def oldest_accepted_at(self, statuses: Sequence[EditStatus]) -> dict[EditStatus, int]:
-        """Unix seconds of the acceptance, or release, of the oldest edit in each status that has one."""
+        """Unix seconds of the acceptance, approval or release of the oldest edit in each status that has one."""
         pipeline = self._redis.pipeline(transaction=False)
         for status in statuses:
             pipeline.zrange(self._keys.edits_in + status, 0, 0)

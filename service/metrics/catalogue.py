@@ -46,13 +46,13 @@ EDITS_ACCEPTED = Metric("counter", "errata_edits_accepted_total", "Edits ever st
 EDIT_OLDEST_AGE = Metric(
     "gauge",
     "errata_edit_oldest_age_seconds",
-    "Time since the acceptance (or release) of the oldest edit in a status; 0 if there is none",
+    "Time since the acceptance (or approval, or release) of the oldest edit in a status; 0 if there is none",
     ["status"],
 )
 EDIT_TO_LIVE = Metric(
     "histogram",
     "errata_edit_to_live_seconds",
-    "From an edit's acceptance (or release) to live, in whole seconds",
+    "From an edit's acceptance (or approval, or release) to live, in whole seconds",
     buckets=_SECONDS,
 )
 RUNS = Metric("gauge", "errata_runs", "Runs that wait or are under way, by status", ["status"])

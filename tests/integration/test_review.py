@@ -1,5 +1,6 @@
 """Edits that wait for another key: over the real application, a real Redis and real sockets."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_a_proposal_supersedes_only_when_it_is_approved(
     assert stores.edits.get(second).superseded_by == first
     proposed(proposer, "p", "three")
     assert stores.edits.get(first).status is EditStatus.QUEUED
+
+
+def test_an_edit_waits_to_be_learned_from_its_approval_on(
+    proposer: httpx.Client, reviewer: httpx.Client, stores: Stores
+) -> None:
+    edit_id = proposed(proposer)
+    stores.redis.hset(f"errata:edit:{edit_id}", "accepted_at", 1)
+    reviewer.post(f"/edits/{edit_id}/approve")
+    assert stores.edits.oldest_accepted_at([EditStatus.QUEUED])[EditStatus.QUEUED] > time.time() - 30
 
 
 def test_a_proposal_is_taken_back_at_once(proposer: httpx.Client, reviewer: httpx.Client, stores: Stores) -> None:
