@@ -1,5 +1,6 @@
 """AsyncErrataClient: the SDK for asyncio; the same methods as ErrataClient."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -135,16 +136,22 @@ class AsyncErrataClient:
     async def wait(
         self, edit_ids: Iterable[str], *, timeout_s: float = 600.0, on_change: Seen | None = None
     ) -> dict[str, EditState]:
-        """Waits until every edit is at rest, and tells each change on the way.
+        """Waits until every edit is at rest, and tells each change on the way; an API key's rate only slows it down.
 
         Raises:
             WaitTimeoutError: not all are at rest in time.
         """
         plan = waiting(edit_ids, timeout_s=timeout_s, on_change=on_change)
         try:
-            call = next(plan)
+            step = next(plan)
             while True:
-                call = plan.send(await self._send(call))
+                await asyncio.sleep(step.pause_s)
+                try:
+                    state = await self._send(step.call)
+                except ApiError as error:
+                    step = plan.throw(error)
+                else:
+                    step = plan.send(state)
         except StopIteration as end:
             states: dict[str, EditState] = end.value
             return states

@@ -40,14 +40,25 @@ class ApiError(ClientError):
         message: what is wrong.
         param: the field, header or path element that is wrong, or None.
         request_id: the answer's ``x-request-id``, which the service's log has too, or None.
+        retry_after_s: after how many seconds the same call may succeed, if the answer says so, or None.
     """
 
-    def __init__(self, status: int, code: str, message: str, *, param: str | None, request_id: str | None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None,
+        request_id: str | None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
     @classmethod
     def of(cls, response: httpx.Response) -> "ApiError":
@@ -63,7 +74,15 @@ class ApiError(ClientError):
                 param=None,
                 request_id=request_id,
             )
-        return cls(response.status_code, error.code, error.message, param=error.param, request_id=request_id)
+        retry_after = response.headers.get("retry-after", "")
+        return cls(
+            response.status_code,
+            error.code,
+            error.message,
+            param=error.param,
+            request_id=request_id,
+            retry_after_s=int(retry_after) if retry_after.isdecimal() else None,
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """ErrataClient: the SDK for plain code."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -139,16 +140,22 @@ class ErrataClient:
     def wait(
         self, edit_ids: Iterable[str], *, timeout_s: float = 600.0, on_change: Seen | None = None
     ) -> dict[str, EditState]:
-        """Waits until every edit is at rest, and tells each change on the way.
+        """Waits until every edit is at rest, and tells each change on the way; an API key's rate only slows it down.
 
         Raises:
             WaitTimeoutError: not all are at rest in time.
         """
         plan = waiting(edit_ids, timeout_s=timeout_s, on_change=on_change)
         try:
-            call = next(plan)
+            step = next(plan)
             while True:
-                call = plan.send(self._send(call))
+                time.sleep(step.pause_s)
+                try:
+                    state = self._send(step.call)
+                except ApiError as error:
+                    step = plan.throw(error)
+                else:
+                    step = plan.send(state)
         except StopIteration as end:
             states: dict[str, EditState] = end.value
             return states

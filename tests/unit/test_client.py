@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -130,6 +131,56 @@ def test_wait_names_what_is_not_at_rest_in_time() -> None:
 
     with pytest.raises(WaitTimeoutError, match="edit_1 is still queued and 1 more after 10 s"):
         plan.send(EditState(id="edit_2", **moving))
+
+
+def too_often(retry_after: str | None, status: int = 429) -> httpx.Response:
+    response = error(status, "rate_limited", "key key_1 may ask 60 times a minute")
+    if retry_after is not None:
+        response.headers["retry-after"] = retry_after
+    return response
+
+
+def test_a_plan_asks_again_when_the_key_may() -> None:
+    now = [0.0]
+    plan = waiting(["edit_1"], timeout_s=10, on_change=None, clock=lambda: now[0])
+    first = next(plan)
+    again = plan.throw(ApiError.of(too_often("7")))
+    assert (first.pause_s, again.pause_s, again.call) == (0, 7, first.call)
+    now[0] = 7.0
+
+    with pytest.raises(WaitTimeoutError, match="in time: key key_1 may ask 60 times a minute"):
+        plan.throw(ApiError.of(too_often("4")))
+
+
+@pytest.mark.parametrize("refusal", [too_often(None), too_often("soon"), too_often("1", 503)])
+def test_a_plan_ends_with_what_no_pause_helps(refusal: httpx.Response) -> None:
+    plan = waiting(["edit_1"], timeout_s=10, on_change=None)
+    next(plan)
+    with pytest.raises(ApiError):
+        plan.throw(ApiError.of(refusal))
+
+
+class Eager:
+    """A service that finds the second call to be one too many."""
+
+    def __init__(self, service: FakeService) -> None:
+        self.service = service
+        self.calls = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.calls += 1
+        return too_often("1") if self.calls == 2 else self.service(request)
+
+
+async def test_both_clients_wait_at_the_pace_that_their_key_may(service: FakeService) -> None:
+    began = time.monotonic()
+    with ErrataClient("http://fake", transport=httpx.MockTransport(Eager(service))) as client:
+        assert client.wait([client.submit("P", "A").id])
+    assert time.monotonic() - began >= 1
+    async with AsyncErrataClient("http://fake", transport=httpx.MockTransport(Eager(service))) as aclient:
+        edit = await aclient.submit("Q", "A")
+        assert await aclient.wait([edit.id])
+    assert time.monotonic() - began >= 2
 
 
 def test_waiting_for_nothing_asks_nothing(client: ErrataClient, service: FakeService) -> None:
