@@ -84,8 +84,7 @@ async def resolve(versions: VersionReader, model: object, min_version: str | Non
 
 def served(registry: VersionRegistry) -> ModelList:
     """``errata`` and every version that can be asked for by name."""
-    records, _ = registry.page(after=None, limit=1000)
-    verified = [record for record in records if record.state is VersionState.VERIFIED]
+    verified = [record for record in registry.all() if record.state is VersionState.VERIFIED]
     data = [Model(id=f"{ACTIVE_MODEL}@{record.version}", created=record.created_at) for record in verified]
     if active := registry.active():
         data.insert(0, Model(id=ACTIVE_MODEL, created=registry.get(active.active).created_at))

@@ -196,6 +196,13 @@ def test_models_are_the_verified_versions(service: httpx.Client, stores: Stores,
     assert_error(service.get("/v1/models/errata@1"), 404, param="model", code="model_not_found")
 
 
+def test_every_verified_version_is_listed(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+    for version in range(1, 1002):
+        commit(stores, version, VersionState.VERIFIED)
+    listed = [model["id"] for model in service.get("/v1/models").json()["data"]]
+    assert listed == ["errata", *(f"errata@{version}" for version in reversed(range(1002)))]
+
+
 def test_before_version_0_there_is_nothing_to_answer(service: httpx.Client, stores: Stores) -> None:
     assert_error(service.post("/v1/completions", json=ASK), 503, code="no_version")
     assert service.get("/v1/models").json()["data"] == []
