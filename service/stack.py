@@ -175,9 +175,8 @@ class Stack:
         effective = settings.model_copy(
             update={"home": self._home, "model": model, "nodes": nodes, "port": port, "store": settings.store_url}
         )
-        host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104
         record = _Record(
-            url=f"http://{host}:{port}",
+            url=_url(settings.host, port),
             supervisor_port=supervisor_port,
             environment=effective.environment(),
             secrets=kept,
@@ -271,6 +270,13 @@ def _settings_only(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("ERRATA_")}
 
 
+def _url(host: str, port: int) -> str:
+    """The base URL of what listens on a host, as this machine reaches it."""
+    # asyncio listens on :: without IPv4.
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
 def _free_port() -> int:
     return _take_port("127.0.0.1", 0)
 
@@ -281,8 +287,9 @@ def _take_port(host: str, port: int) -> int:
     Raises:
         StackError: it is taken.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port)) as server:
+        with socket.create_server((host, port), family=family) as server:
             return int(server.getsockname()[1])
     except OSError as error:
         raise StackError(f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one") from error

@@ -1,5 +1,6 @@
 """What keeps a stack from being started, and what its end says; no stack is started here."""
 
+import asyncio
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
@@ -39,6 +41,27 @@ def orphan(tmp_path: Path) -> Iterator[RedisServer]:
 def test_two_servers_never_write_to_one_file(orphan: RedisServer, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="without its supervisor"):
         Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{}"),
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("::1", "http://[::1]:{}"),
+        ("::", "http://[::1]:{}"),
+    ],
+)
+async def test_what_listens_on_a_host_is_reached_there(host: str, reached: str) -> None:
+    port = module._take_port(host, 0)
+    url = urlsplit(module._url(host, port))
+    assert url.geturl() == reached.format(port)
+    async with await asyncio.start_server(lambda _, writer: writer.close(), host, port):
+        _, writer = await asyncio.open_connection(url.hostname, url.port)
+        writer.close()
+        await writer.wait_closed()
+        with pytest.raises(StackError, match=f"port {port} of {host}"):
+            module._take_port(host, port)
 
 
 def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path: Path) -> None:
