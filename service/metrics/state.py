@@ -94,8 +94,8 @@ class StateCollector(Collector):
 
     def _of_nodes(self) -> Families:
         active, held = self._stores.registry.active(), self._stores.measures.held()
-        if (ticked_at := self._stores.measures.ticked_at()) is not None:
-            yield family(catalogue.CONTROL_TICK, {(): ticked_at})
+        # Without a sample no alert could compare it.
+        yield family(catalogue.CONTROL_TICK, {(): self._stores.measures.ticked_at() or 0})
         yield family(catalogue.NODE_RESIDENT, {(host(node),): len(versions) for node, versions in held.items()})
         yield family(catalogue.VERSION_BYTES, _bytes(held))
         if active:
