@@ -84,7 +84,6 @@ class StateCollector(Collector):
         yield family(catalogue.VERSIONS, {(): self._stores.registry.count()})
         if active := self._stores.registry.active():
             yield family(catalogue.ACTIVE_VERSION, {(): active.active})
-            yield family(catalogue.ACTIVATIONS, {(): active.epoch})
         canary = self._stores.canaries.current()
         yield family(catalogue.CANARY_VERSION, {(): canary.version} if canary else {})
         sides = {"canary": canary.of_canary, "active": canary.of_active} if canary else {}
@@ -164,6 +163,7 @@ _KEPT_COUNTS = (
     catalogue.RUNS_ENDED,
     catalogue.RUNS_FAILED_IN_A_ROW,
     catalogue.VERSIONS_JUDGED,
+    catalogue.ACTIVATIONS,
     catalogue.CANARIES_ENDED,
     catalogue.CHECKSUM_MISMATCHES,
     catalogue.ANSWERS_CHECKED,
