@@ -26,12 +26,13 @@ from service import programs
 from service.errors import ErrataError
 from service.readiness import wait_until_ready
 from service.settings import Settings
-from service.supervisor import Process, Supervisor
+from service.supervisor import Process, Supervisor, end, left_behind
 
 Say = Callable[[str], None]
 
 # As a shell says it of a command that Ctrl-C ended: whoever waits for a ready stack has none.
 _INTERRUPTED = 130
+_LOCK = "up.lock"
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
 
@@ -151,13 +152,24 @@ class Stack:
         say("stopped")
 
     def down(self, *, say: Say) -> int:
-        """Stops everything that ``up`` started; returns 0 also if nothing runs."""
+        """Stops everything that ``up`` started, also what has lost its supervisor; returns 0 also if nothing runs.
+
+        Raises:
+            StackError: it is being started, or its Redis runs and nothing tells what runs beside that.
+        """
         record = self._record()
         if record and self._supervisor(record).processes():
             say("stopping")
             self._supervisor(record).shut_down()
             say("stopped")
+        elif _being_started(self._home):
+            raise StackError(f"the stack under {self._home} is being started; stop that with Ctrl-C, or wait for it")
+        elif left := left_behind(self._home):
+            say(f"stopping {len(left)} processes that run without their supervisor")
+            end(left)
+            say("stopped")
         else:
+            self._demand_one_redis()
             say("nothing runs")
         (self._home / "stack.json").unlink(missing_ok=True)
         return 0
@@ -166,6 +178,11 @@ class Stack:
         settings = self._settings
         if settings.nodes and not settings.node_token.get_secret_value():
             raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
+        if left := left_behind(self._home):
+            raise StackError(
+                f"{len(left)} processes of an earlier stack still run under {self._home} without their supervisor; "
+                "`errata down` stops them"
+            )
         self._demand_one_redis()
         model = _existing_model(settings.model) if settings.model else str(default_model(say))
         port = _take_port(settings.host, settings.port)
@@ -175,9 +192,8 @@ class Stack:
         effective = settings.model_copy(
             update={"home": self._home, "model": model, "nodes": nodes, "port": port, "store": settings.store_url}
         )
-        host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104
         record = _Record(
-            url=f"http://{host}:{port}",
+            url=_url(settings.host, port),
             supervisor_port=supervisor_port,
             environment=effective.environment(),
             secrets=kept,
@@ -271,6 +287,13 @@ def _settings_only(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("ERRATA_")}
 
 
+def _url(host: str, port: int) -> str:
+    """The base URL of what listens on a host, as this machine reaches it."""
+    # asyncio listens on :: without IPv4.
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
 def _free_port() -> int:
     return _take_port("127.0.0.1", 0)
 
@@ -281,18 +304,31 @@ def _take_port(host: str, port: int) -> int:
     Raises:
         StackError: it is taken.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port)) as server:
+        with socket.create_server((host, port), family=family) as server:
             return int(server.getsockname()[1])
     except OSError as error:
         raise StackError(f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one") from error
+
+
+def _being_started(home: Path) -> bool:
+    """Whether somebody is at it, whose supervisor may not listen yet."""
+    try:
+        with (home / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager
 def _one_at_a_time(home: Path) -> Iterator[None]:
     """Two starts of one home: the second waits, and finds the stack running."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home / "up.lock").open("w") as lock:
+    with (home / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -1,10 +1,12 @@
 """supervisord for the embedded stack: its configuration, and the few calls made to it (http://supervisord.org)."""
 
+import os
 import subprocess
 import sys
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
 from configparser import RawConfigParser
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -16,6 +18,7 @@ _STOP_WAIT_S = 30
 # Programs of one priority stop together, and one priority behind the other.
 _SHUT_DOWN_WAIT_S = 5 * _STOP_WAIT_S
 _LOG_BYTES = 16 * 1024**2
+_PID_FILE = "supervisord.pid"
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Supervisor:
         parser["supervisord"] = {
             "logfile": "/dev/null",
             "logfile_maxbytes": "0",
-            "pidfile": str(self.folder / "supervisord.pid"),
+            "pidfile": str(self.folder / _PID_FILE),
             "nodaemon": "true",
             "silent": "true",
         }
@@ -145,6 +148,49 @@ class Supervisor:
                 "stdout_logfile_backups": "3",
             }
         return parser
+
+
+def left_behind(folder: Path) -> list[psutil.Process]:
+    """The processes of a supervisord that was killed, or does not answer: those of its session.
+
+    A session's number is no other's as long as one of its processes lives. That it has not become another's since is
+    known by those whose environment names the folder as their home; Redis and celery write their titles over theirs.
+    """
+    try:
+        session = int((folder / _PID_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    if session == os.getsid(0):  # who asks was started by nobody's supervisord
+        return []
+    found = [process for process in psutil.process_iter(["name", "environ"]) if _session(process.pid) == session]
+    homes = {(process.info["environ"] or {}).get("ERRATA_HOME") for process in found}
+    return found if str(folder) in homes else []
+
+
+def end(left: Sequence[psutil.Process]) -> None:
+    """Stops what is left behind: Redis last, because the others write to it until they end.
+
+    Raises:
+        TimeoutError: something is still there although it was killed.
+    """
+    redis = [process for process in left if process.info["name"] == "redis-server"]
+    for processes in ([process for process in left if process not in redis], redis):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, stubborn = psutil.wait_procs(processes, _STOP_WAIT_S)
+        for process in stubborn:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if there := psutil.wait_procs(stubborn, _STOP_WAIT_S)[1]:
+            raise TimeoutError(f"still there: {', '.join(f'process {process.pid}' for process in there)}")
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _quoted(word: str) -> str:

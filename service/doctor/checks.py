@@ -1,18 +1,24 @@
 """What is well and what is not: each check is a pure function of what was found."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
+from service.left_out import LeftOut
 from service.schemas import EditStatus, Health, Run, RunStatus, VersionRecord, VersionState
 
 _GIB = 1024**3
 _FULL_BYTES = 1 * _GIB
 _TIGHT_BYTES = 5 * _GIB
 WORKER_SILENCE_S = 15.0
-CONTROL_WAIT_S = 8.0
+RECENT_RUNS = 20
+_CONTROL_SILENCE_S = 30.0
+# The alerts' bounds (docker/prometheus/rules.yml): a verification may hold the control worker so long.
+_VERIFYING_SILENCE_S = 900.0
+_MOST_FAILURES = 3
 REDIS_DEMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "appendonly": ("yes", "edits are lost when Redis restarts"),
@@ -59,10 +65,17 @@ class NodeState:
 
 @dataclass(frozen=True)
 class StoreState:
-    """What is in the version store: the numbers of whole versions, and the names of folders that are none."""
+    """What is in the version store.
+
+    Attributes:
+        whole: numbers of the versions whose files are there, in their length.
+        leftovers: names of folders that are no versions.
+        damaged: what is wrong with the other versions, by number.
+    """
 
     whole: Sequence[int]
     leftovers: Sequence[str] = ()
+    damaged: Mapping[int, str] = field(default_factory=dict)
 
 
 def check_api(url: str | None, health: Health | str) -> Finding:
@@ -106,22 +119,24 @@ def check_train_worker(heard_of: Sequence[str]) -> Finding:
     )
 
 
-def check_control_worker(taken_up_after_s: float | None, run: Run | None) -> Finding:
-    """A control worker takes tasks.
+def check_control_worker(silent_s: float | None, run: Run | None) -> Finding:
+    """A control worker looks at everything, every few seconds.
 
     Args:
-        taken_up_after_s: how long a task that was sent for this waited, or None if nobody took it.
+        silent_s: how long ago one last did; None for never.
         run: the run under way; while its version is verified, the worker is busy.
     """
     part = "control worker"
-    if taken_up_after_s is not None:
-        return Finding(part, Level.OK, f"took a task after {taken_up_after_s:.1f} s")
-    if run and run.status is RunStatus.VERIFYING:
-        return Finding(part, Level.WARN, f"busy with verifying {run.id}", "look again in a minute")
+    if silent_s is not None and silent_s <= _CONTROL_SILENCE_S:
+        return Finding(part, Level.OK, f"looked at everything {max(0.0, silent_s):.0f} s ago")
+    verifying = run is not None and run.status is RunStatus.VERIFYING
+    if verifying and silent_s is not None and silent_s <= _VERIFYING_SILENCE_S:
+        return Finding(part, Level.WARN, f"busy with a verification for {silent_s:.0f} s", "look again in a minute")
+    looked = "has never looked at everything" if silent_s is None else f"last looked at everything {silent_s:.0f} s ago"
     return Finding(
         part,
         Level.FAIL,
-        f"took no task within {CONTROL_WAIT_S:.0f} s; versions are not verified or activated",
+        f"{looked}; versions are not verified or activated, nodes not healed",
         "see `errata ps` and `errata logs control`",
     )
 
@@ -139,13 +154,40 @@ def check_run(run: Run | None, *, leased: bool, now: float, longest_s: float) ->
     return Finding("run", Level.OK, where)
 
 
-def check_node(node: NodeState, active: VersionRecord | None) -> Finding:
-    """A node is ready, holds the active version, and what is on its device is what was trained."""
+def check_ended_runs(recent: Sequence[Run]) -> Finding:
+    """Runs do not fail; ``recent`` are the newest ones, newest first."""
+    since_success = takewhile(lambda run: run.status is not RunStatus.SUCCEEDED, recent)
+    failed = [run for run in since_success if run.status is RunStatus.FAILED]
+    if not failed:
+        return Finding("runs", Level.OK, "none has failed since the last that succeeded")
+    error = failed[0].error
+    because = f"{error.message} ({error.code})" if error else "no reason is kept"
+    return Finding(
+        "runs",
+        Level.FAIL if len(failed) >= _MOST_FAILURES else Level.WARN,
+        f"{len(failed)} failed since the last that succeeded, lastly {failed[0].id}: {because}",
+        "see `errata runs`, and `errata logs train` or `control`",
+    )
+
+
+def check_node(node: NodeState, active: VersionRecord | None, left_out: LeftOut | None = None) -> Finding:
+    """A node is ready, is not left out, holds the active version, and what is on its device is what was trained."""
     part = f"node {node.address}"
     if not node.ready:
         return Finding(part, Level.FAIL, "is not ready", "see `errata logs node`, or the node's own log")
+    if left_out:
+        return Finding(
+            part,
+            Level.FAIL,
+            f"is left out and serves nothing, after {left_out.attempts} attempts: {left_out.reason}",
+            "it is tried again, and taken back once it is fit; see `errata logs control`, and the node's own log",
+        )
     if active is None:
         return Finding(part, Level.OK, "ready")
+    return _check_active(part, node, active)
+
+
+def _check_active(part: str, node: NodeState, active: VersionRecord) -> Finding:
     if node.trouble:
         return Finding(part, Level.FAIL, node.trouble, "is ERRATA_NODE_TOKEN the node's own? see its log")
     if active.version not in node.resident:
@@ -208,7 +250,7 @@ def check_versions(records: Sequence[VersionRecord], active: int | None, store: 
         ]
     if store is None:
         return [Finding("versions", Level.OK, f"{len(records)} registered; the store is remote and not looked at")]
-    findings = _missing(records, active, store)
+    findings = [*_missing(records, active, store), *_damaged(records, store)]
     if unknown := sorted(set(store.whole) - {record.version for record in records}):
         found = f"in the store and not registered: {_listed(unknown)}"
         findings.append(Finding("versions", Level.WARN, found, "errata doctor --repair registers them, unverified"))
@@ -230,10 +272,8 @@ def check_edits(counts: Mapping[EditStatus, int], run: Run | None) -> Finding:
 
 
 def _missing(records: Sequence[VersionRecord], active: int, store: StoreState) -> list[Finding]:
-    rejected = VersionState.REJECTED
-    missing = [
-        record.version for record in records if record.state is not rejected and record.version not in store.whole
-    ]
+    known = {*store.whole, *store.damaged, *_rejected(records)}
+    missing = [record.version for record in records if record.version not in known]
     findings = []
     if active in missing:
         findings.append(
@@ -250,6 +290,19 @@ def _missing(records: Sequence[VersionRecord], active: int, store: StoreState) -
             Finding("versions", Level.FAIL, found, "restore the store's folder, then errata doctor --repair")
         )
     return findings
+
+
+def _damaged(records: Sequence[VersionRecord], store: StoreState) -> list[Finding]:
+    return [
+        Finding("versions", Level.FAIL, f"version {number} is damaged in the store: {damage}", "restore its folder")
+        for number, damage in store.damaged.items()
+        if number not in _rejected(records)
+    ]
+
+
+def _rejected(records: Sequence[VersionRecord]) -> set[int]:
+    """Numbers of the versions that nobody asks for any more."""
+    return {record.version for record in records if record.state is VersionState.REJECTED}
 
 
 def _listed(names: Sequence[object]) -> str:

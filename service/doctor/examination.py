@@ -5,12 +5,13 @@ import time
 from pathlib import Path
 from typing import cast
 
+from pydantic import BaseModel, ValidationError
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from service.client import ClientError, ErrataClient
 from service.doctor.checks import (
-    CONTROL_WAIT_S,
+    RECENT_RUNS,
     REDIS_DEMANDS,
     WORKER_SILENCE_S,
     Finding,
@@ -21,6 +22,7 @@ from service.doctor.checks import (
     check_control_worker,
     check_disk,
     check_edits,
+    check_ended_runs,
     check_model,
     check_node,
     check_redis,
@@ -29,13 +31,24 @@ from service.doctor.checks import (
     check_versions,
 )
 from service.errors import ErrataError, NotFoundError
+from service.left_out import left_out
 from service.nodes import NodeClient
-from service.queue import CONTROL_QUEUE, RECONCILE, create_celery
 from service.schemas import Health, VersionRecord
 from service.settings import Settings
 from service.stores import Stores
 
 _REDIS_ADVICE = "is it running? see `errata ps` and `errata logs redis`, or ERRATA_REDIS_URL"
+_MANIFEST = "manifest.json"
+
+
+class _File(BaseModel):
+    size_bytes: int
+
+
+class _Manifest(BaseModel):
+    """What of a version's manifest the doctor wants to know."""
+
+    files: dict[str, _File]
 
 
 def examine(settings: Settings, *, url: str | None) -> list[Finding]:
@@ -98,14 +111,16 @@ def _examine_redis(redis: Redis) -> list[Finding]:
 
 
 def _examine_parts(settings: Settings, stores: Stores) -> list[Finding]:
-    run = stores.runs.current()
+    run, now = stores.runs.current(), time.time()
     active = _active(stores)
+    left = left_out(stores.redis)
     records = stores.registry.all()
     return [
         check_train_worker(stores.runs.workers(within_s=WORKER_SILENCE_S)),
-        check_control_worker(_taken_up_after_s(settings, stores.redis), run),
-        check_run(run, leased=stores.runs.leased(), now=time.time(), longest_s=settings.run_max_s),
-        *(check_node(look_at_node(node, active), active) for node in NodeClient.all(settings)),
+        check_control_worker(_silent_s(stores, now), run),
+        check_run(run, leased=stores.runs.leased(), now=now, longest_s=settings.run_max_s),
+        check_ended_runs(stores.runs.page(after=None, limit=RECENT_RUNS).data),
+        *(check_node(look_at_node(node, active), active, left.get(node.address)) for node in NodeClient.all(settings)),
         *check_versions(records, active.version if active else None, look_at_store(settings.store_url)),
         check_edits(stores.edits.counts(), run),
     ]
@@ -125,20 +140,34 @@ def look_at_store(url: str) -> StoreState | None:
         return None
     versions = folder / "versions"
     folders = sorted(path for path in versions.iterdir() if path.is_dir()) if versions.is_dir() else []
-    whole = [path for path in folders if path.name.isdecimal() and (path / "manifest.json").is_file()]
-    return StoreState([int(path.name) for path in whole], [path.name for path in folders if path not in whole])
+    written = [path for path in folders if path.name.isdecimal() and (path / _MANIFEST).is_file()]
+    damages = {int(path.name): _damage(path) for path in written}
+    return StoreState(
+        whole=[number for number, damage in damages.items() if not damage],
+        leftovers=[path.name for path in folders if path not in written],
+        damaged={number: damage for number, damage in damages.items() if damage},
+    )
 
 
-def _taken_up_after_s(settings: Settings, redis: Redis) -> float | None:
-    """Sends a reconcile, which is harmless, and watches whether the queue is emptied."""
-    with create_celery(settings) as celery:
-        celery.send_task(RECONCILE, queue=CONTROL_QUEUE, expires=CONTROL_WAIT_S)
-    began = time.monotonic()
-    while (took_s := time.monotonic() - began) < CONTROL_WAIT_S:
-        if redis.llen(CONTROL_QUEUE) == 0:
-            return took_s
-        time.sleep(0.1)
-    return None
+def _damage(folder: Path) -> str:
+    """What is wrong with a version's files by their manifest, as far as it shows without reading them; or nothing."""
+    try:
+        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return f"{_MANIFEST} cannot be read"
+    for name, expected in manifest.files.items():
+        try:
+            size_bytes = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size_bytes != expected.size_bytes:
+            return f"{name} has {size_bytes} bytes, expected {expected.size_bytes}"
+    return ""
+
+
+def _silent_s(stores: Stores, now: float) -> float | None:
+    ticked_at = stores.measures.ticked_at()
+    return None if ticked_at is None else now - ticked_at
 
 
 def look_at_node(node: NodeClient, active: VersionRecord | None) -> NodeState:

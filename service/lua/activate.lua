@@ -25,6 +25,7 @@ end
 if moves or canary then redis.call('HSET', keys.active, 'epoch', epoch + 1) end
 if moves then
   redis.call('HSET', keys.active, 'version', payload.version, 'previous', active or payload.version)
+  count('errata_activations_total')
   emit('version.activated', {version = payload.version, previous = active})
   local back = active and payload.version < active
   audit(back and 'version.rolled_back' or 'version.activated', {version = payload.version, previous = active})

@@ -85,7 +85,7 @@ TRAIN_WORKERS = Metric("gauge", "errata_train_workers", "Train workers heard of 
 CONTROL_TICK = Metric(
     "gauge",
     "errata_control_last_tick_timestamp_seconds",
-    "When the control worker last looked at everything, Unix time",
+    "When the control worker last looked at everything, Unix time; 0 before the first time",
 )
 VERSIONS = Metric("gauge", "errata_versions", "Committed versions")
 VERSIONS_JUDGED = Metric(

@@ -84,7 +84,6 @@ class StateCollector(Collector):
         yield family(catalogue.VERSIONS, {(): self._stores.registry.count()})
         if active := self._stores.registry.active():
             yield family(catalogue.ACTIVE_VERSION, {(): active.active})
-            yield family(catalogue.ACTIVATIONS, {(): active.epoch})
         canary = self._stores.canaries.current()
         yield family(catalogue.CANARY_VERSION, {(): canary.version} if canary else {})
         sides = {"canary": canary.of_canary, "active": canary.of_active} if canary else {}
@@ -94,8 +93,8 @@ class StateCollector(Collector):
 
     def _of_nodes(self) -> Families:
         active, held = self._stores.registry.active(), self._stores.measures.held()
-        if (ticked_at := self._stores.measures.ticked_at()) is not None:
-            yield family(catalogue.CONTROL_TICK, {(): ticked_at})
+        # Without a sample no alert could compare it.
+        yield family(catalogue.CONTROL_TICK, {(): self._stores.measures.ticked_at() or 0})
         yield family(catalogue.NODE_RESIDENT, {(host(node),): len(versions) for node, versions in held.items()})
         yield family(catalogue.VERSION_BYTES, _bytes(held))
         if active:
@@ -164,6 +163,7 @@ _KEPT_COUNTS = (
     catalogue.RUNS_ENDED,
     catalogue.RUNS_FAILED_IN_A_ROW,
     catalogue.VERSIONS_JUDGED,
+    catalogue.ACTIVATIONS,
     catalogue.CANARIES_ENDED,
     catalogue.CHECKSUM_MISMATCHES,
     catalogue.ANSWERS_CHECKED,

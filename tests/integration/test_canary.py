@@ -23,7 +23,7 @@ from service.audit import AuditLog
 from service.errors import ConflictError
 from service.gateway.pool import NodePool
 from service.left_out import left_out
-from service.metrics.catalogue import CANARIES_ENDED, VERSIONS_JUDGED
+from service.metrics.catalogue import ACTIVATIONS, CANARIES_ENDED, VERSIONS_JUDGED
 from service.metrics.kept import named
 from service.publication import Publisher
 from service.queue import TaskQueue
@@ -129,6 +129,9 @@ class Stage:
         kept = self.stores.measures.kept()
         names = {outcome: named(CANARIES_ENDED, outcome) for outcome in CANARIES_ENDED.kept}
         return {outcome: int(kept[name]) for outcome, name in names.items() if name in kept}
+
+    def activations(self) -> int:
+        return int(self.stores.measures.kept()[named(ACTIVATIONS)])
 
 
 @pytest.fixture
@@ -513,6 +516,7 @@ class TestOperator:
         edit, run, two = stage.candidate("b", "new")
         before = stage.stores.registry.active()
         assert before is not None
+        activations = stage.activations()
         match word:
             case "roll back":
                 after = stage.control.roll_back(None)
@@ -523,6 +527,7 @@ class TestOperator:
         stays = word == "activate the active one"
         assert (after.active, after.canary) == (one if stays else 0, None)
         assert after.epoch == before.epoch + 1
+        assert stage.activations() == activations + (not stays), "no move if only the canary goes"
         assert after.previous == (before.previous if stays else one)
         asked = len(stage.node.asked)
         stage.control.tick()

@@ -1,6 +1,7 @@
 """GET /metrics over the real application: what it says after a life of edits, and what it says when parts are away."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import cast
 
 import httpx
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis_server import RedisServer, free_port
@@ -172,6 +174,16 @@ def test_every_metric_is_there_after_a_life_of_edits(
         samples["errata_gateway_overhead_seconds_sum"]
         < samples['errata_gateway_first_byte_seconds_sum{streamed="false"}']
     )
+
+
+def test_what_an_alert_compares_is_there_from_the_start(service: httpx.Client) -> None:
+    groups = yaml.safe_load((Path(__file__).parents[2] / "docker/prometheus/rules.yml").read_text())["groups"]
+    compared = {name for group in groups for rule in group["rules"] for name in re.findall(r"errata_\w+", rule["expr"])}
+    series = {sample.partition("{")[0] for sample in scraped(service)}
+    # Of requests that were made, and of nodes that the control worker has seen.
+    later = {"errata_gateway_requests_total", "errata_http_requests_total", "errata_node_holds_active_version"}
+    assert compared - series <= later
+    assert scraped(service)["errata_control_last_tick_timestamp_seconds"] == 0, "it has been silent ever since"
 
 
 def test_failures_are_counted_in_a_row_until_a_run_succeeds(

@@ -105,6 +105,7 @@ class TestTheStoreAndTheRegistryDisagree:
         active = bench.stores.registry.active()
         assert active is not None
         assert (active.active, active.previous, active.epoch) == (0, None, 1)
+        assert bench.stores.measures.kept()["errata_activations_total"] == 1
 
     def test_what_is_no_whole_version_is_removed_and_a_whole_one_stays(self, bench: Bench) -> None:
         bench.learn(fact("a", "1"))

@@ -1,13 +1,19 @@
 """What keeps a stack from being started, and what its end says; no stack is started here."""
 
+import asyncio
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from redis import Redis
 from redis_server import RedisServer, free_port
@@ -17,7 +23,7 @@ from service import stack as module
 from service.cli.options import connect
 from service.settings import Settings
 from service.stack import Stack, StackError
-from service.supervisor import Program, Supervisor
+from service.supervisor import Program, Supervisor, end
 
 PASSWORD = "s3cret"
 
@@ -39,6 +45,130 @@ def orphan(tmp_path: Path) -> Iterator[RedisServer]:
 def test_two_servers_never_write_to_one_file(orphan: RedisServer, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="without its supervisor"):
         Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
+
+
+def test_a_redis_that_nobody_knows_the_rest_of_is_not_said_to_be_down(orphan: RedisServer, tmp_path: Path) -> None:
+    stack = started(tmp_path)
+    with pytest.raises(StackError, match="without its supervisor"):
+        stack.down(say=lambda _: None)
+    assert (tmp_path / "stack.json").is_file()
+
+
+def started(home: Path) -> Stack:
+    """A stack that was started before; by its port no supervisor answers."""
+    (home / "stack.json").write_text(json.dumps({"url": "u", "supervisor_port": 1, "environment": {}}))
+    secrets = home / "secrets.json"
+    secrets.write_text(secrets.read_text() if secrets.is_file() else json.dumps({"SUPERVISOR_PASSWORD": PASSWORD}))
+    return Stack(Settings(home=home, port=0))
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Iterator[list[psutil.Process]]:
+    """Two processes whose supervisor was killed; one has written its title over its environment."""
+    wait = "import time; time.sleep(300)"
+    titled = f"import setproctitle; setproctitle.setproctitle('worker'); {wait}"
+    supervisor = Supervisor(tmp_path, free_port(), PASSWORD)
+    programs = [Program(name, [sys.executable, "-c", code], 1) for name, code in (("a", wait), ("b", titled))]
+    process = supervisor.start(programs, {**os.environ, "ERRATA_HOME": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 20
+        while [row.state for row in supervisor.processes()] != ["RUNNING", "RUNNING"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        found = [psutil.Process(row.pid) for row in supervisor.processes()]
+    finally:
+        process.kill()
+        process.wait()
+    yield found
+    for one in found:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def test_what_a_killed_supervisor_left_is_stopped(left: list[psutil.Process], tmp_path: Path) -> None:
+    said: list[str] = []
+    assert started(tmp_path).down(say=said.append) == 0
+    assert said == ["stopping 2 processes that run without their supervisor", "stopped"]
+    assert not [process for process in left if process.is_running()]
+    assert not (tmp_path / "stack.json").exists()
+    assert started(tmp_path).down(say=said.append) == 0
+    assert said[-1] == "nothing runs"
+
+
+def test_nothing_is_started_beside_what_a_killed_supervisor_left(left: list[psutil.Process], tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="`errata down` stops them"):
+        Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
+
+
+def test_another_session_of_the_same_number_is_left_alone(tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+    try:
+        (tmp_path / "supervisord.pid").write_text(f"{bystander.pid}\n")
+        said: list[str] = []
+        assert started(tmp_path).down(say=said.append) == 0
+        assert said == ["nothing runs"]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_whoever_asks_is_not_among_what_was_left(tmp_path: Path) -> None:
+    """A service manager may have given the command's own session the number, and the home."""
+    ask = (
+        "import os, pathlib; from service.supervisor import left_behind; home = pathlib.Path(os.environ['ERRATA_HOME'])"
+        "; (home / 'supervisord.pid').write_text(str(os.getpid())); print(left_behind(home))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        env={**os.environ, "ERRATA_HOME": str(tmp_path)},
+        start_new_session=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"[]\n"
+
+
+def test_redis_ends_behind_those_that_write_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def process(name: str) -> Any:
+        return SimpleNamespace(info={"name": name}, terminate=lambda: ended.append(name), kill=lambda: None)
+
+    monkeypatch.setattr(psutil, "wait_procs", lambda processes, _: (ended.append("waited"), []))
+    end([process("redis-server"), process("python")])
+    assert [what for what in ended if what != "waited"] == ["python", "redis-server"]
+    assert ended[1] == "waited"
+
+
+def test_a_stack_that_is_being_started_is_not_said_to_be_down(tmp_path: Path) -> None:
+    """Its supervisor does not listen yet."""
+    stack = started(tmp_path)
+    with module._one_at_a_time(tmp_path), pytest.raises(StackError, match="is being started"):
+        stack.down(say=lambda _: None)
+    assert (tmp_path / "stack.json").is_file()
+    assert stack.down(say=lambda _: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{}"),
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("::1", "http://[::1]:{}"),
+        ("::", "http://[::1]:{}"),
+    ],
+)
+async def test_what_listens_on_a_host_is_reached_there(host: str, reached: str) -> None:
+    port = module._take_port(host, 0)
+    url = urlsplit(module._url(host, port))
+    assert url.geturl() == reached.format(port)
+    async with await asyncio.start_server(lambda _, writer: writer.close(), host, port):
+        _, writer = await asyncio.open_connection(url.hostname, url.port)
+        writer.close()
+        await writer.wait_closed()
+        with pytest.raises(StackError, match=f"port {port} of {host}"):
+            module._take_port(host, port)
 
 
 def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path: Path) -> None:

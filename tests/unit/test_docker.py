@@ -1,5 +1,6 @@
 """What no schema and no linter can see about the images and the compose file."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ def test_who_watches_is_asked_for_by_a_profile_of_its_own(services: dict[str, di
     assert watching == {"prometheus", "grafana"}
 
 
-def test_compose_sets_nothing_that_the_settings_do_not_know(services: dict[str, dict[str, Any]]) -> None:
-    known = {f"ERRATA_{name.upper()}" for name in Settings.model_fields}
-    for service in services.values():
-        assert {name for name in service.get("environment", {}) if name.startswith("ERRATA_")} <= known
+def test_compose_names_nothing_that_the_settings_do_not_know(compose: dict[str, Any]) -> None:
+    """What it takes from the shell, any `errata` command in that shell must know too."""
+    named = set(re.findall(r"ERRATA_\w+", json.dumps(compose)))
+    assert named <= {f"ERRATA_{name.upper()}" for name in Settings.model_fields}
 
 
 def test_the_internal_token_has_no_default(services: dict[str, dict[str, Any]]) -> None:
@@ -116,6 +117,15 @@ def test_containers_have_no_privileges_and_declared_volumes(
         assert service["cap_drop"] == ["ALL"], name
         assert service["read_only"] is True, name
         assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(compose["volumes"]), name
+
+
+def test_nothing_is_written_into_a_read_only_root(compose: dict[str, Any], services: dict[str, dict[str, Any]]) -> None:
+    """Compose mounts files; any other secret or config it copies into the container, and does not start it."""
+    for name, service in services.items():
+        for kind in ("secrets", "configs"):
+            for given in service.get(kind, []) if service["read_only"] else []:
+                source = given if isinstance(given, str) else given["source"]
+                assert "file" in compose[kind][source], f"{name}: {source}"
 
 
 def test_a_container_that_is_taken_over_reaches_no_more_than_it_uses(services: dict[str, dict[str, Any]]) -> None:

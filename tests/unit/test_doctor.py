@@ -1,13 +1,16 @@
 """Each check of the doctor: when all is well, and each way in which it is not."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+import yaml
 from fake_service import RUN, VERSION
 
-from service.doctor import Level, examine
+from service.doctor import Level, checks, examine
 from service.doctor.checks import (
     NodeState,
     StoreState,
@@ -15,6 +18,7 @@ from service.doctor.checks import (
     check_control_worker,
     check_disk,
     check_edits,
+    check_ended_runs,
     check_model,
     check_node,
     check_redis,
@@ -23,9 +27,11 @@ from service.doctor.checks import (
     check_versions,
 )
 from service.doctor.examination import look_at_node, look_at_store, store_folder
+from service.left_out import LeftOut
 from service.nodes import NodeClient
 from service.schemas import EditStatus, Health, Run, VersionRecord
 from service.settings import Settings
+from worker.delta import DamagedDeltaError, VersionInfo, VersionStore
 
 SAFE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 GIB = 1024**3
@@ -76,11 +82,28 @@ def test_train_worker() -> None:
     assert check_train_worker([]).level is Level.FAIL
 
 
-def test_control_worker() -> None:
-    assert check_control_worker(0.1, None).level is Level.OK
-    assert check_control_worker(None, None).level is Level.FAIL
-    assert check_control_worker(None, run(status="verifying")).level is Level.WARN
-    assert check_control_worker(None, run(status="training")).level is Level.FAIL
+@pytest.mark.parametrize(
+    ("silent_s", "status", "level"),
+    [
+        (-0.5, None, Level.OK),
+        (2.0, None, Level.OK),
+        (40.0, None, Level.FAIL),
+        (40.0, "training", Level.FAIL),
+        (40.0, "verifying", Level.WARN),
+        (1000.0, "verifying", Level.FAIL),
+        (None, None, Level.FAIL),
+        (None, "verifying", Level.FAIL),
+    ],
+)
+def test_control_worker(silent_s: float | None, status: str | None, level: Level) -> None:
+    assert check_control_worker(silent_s, run(status=status) if status else None).level is level
+
+
+def test_the_doctor_has_the_alerts_bounds() -> None:
+    groups = yaml.safe_load((Path(__file__).parents[2] / "docker/prometheus/rules.yml").read_text())["groups"]
+    rules = {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+    assert rules["ErrataControlWorkerSilent"].endswith(f" > {checks._VERIFYING_SILENCE_S:.0f}")
+    assert rules["ErrataRunsFail"].endswith(f" >= {checks._MOST_FAILURES}")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +118,45 @@ def test_control_worker() -> None:
 )
 def test_run(found: Run | None, leased: bool, now: float, level: Level) -> None:
     assert check_run(found, leased=leased, now=now, longest_s=1000).level is level
+
+
+def ended(*statuses: str) -> list[Run]:
+    """Runs, newest first; each tells which one it is."""
+    errors = [{"code": "gate", "message": f"reason {number}"} for number, _ in enumerate(statuses)]
+    return [
+        run(id=f"run_{number}", status=status, error=errors[number] if status == "failed" else None)
+        for number, status in enumerate(statuses)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "level"),
+    [
+        ((), Level.OK),
+        (("succeeded", "failed", "failed", "failed"), Level.OK),
+        (("queued", "training", "cancelled", "stale"), Level.OK),
+        (("failed", "failed", "succeeded", "failed"), Level.WARN),
+        (("training", "failed", "cancelled", "failed", "failed", "succeeded"), Level.FAIL),
+    ],
+)
+def test_ended_runs(statuses: Sequence[str], level: Level) -> None:
+    assert check_ended_runs(ended(*statuses)).level is level
+
+
+def test_the_newest_failure_is_named_with_its_reason() -> None:
+    found = check_ended_runs(ended("training", "failed", "failed")).found
+    assert found == "2 failed since the last that succeeded, lastly run_1: reason 1 (gate)"
+    assert check_ended_runs([run(status="failed")]).found.endswith("no reason is kept")
+
+
+def test_a_node_that_is_left_out_is_not_well_whatever_it_holds() -> None:
+    node = NodeState("http://n", ready=True, resident=[0, 1], tensors=dict(record(1).tensors))
+    left = LeftOut(reason="its disk is full", attempts=7, again_at=0.0)
+
+    for active in (record(1), None):
+        finding = check_node(node, active, left)
+        assert finding.level is Level.FAIL
+        assert "after 7 attempts: its disk is full" in finding.found
 
 
 def test_node_with_the_right_weights() -> None:
@@ -164,14 +226,57 @@ def test_a_store_with_more_than_is_registered() -> None:
     assert {unknown.level, leftover.level} == {Level.WARN}
 
 
+def test_versions_that_are_damaged() -> None:
+    damaged = {0: "edits.jsonl is missing", 1: "delta.safetensors is missing", 5: "manifest.json cannot be read"}
+
+    findings = check_versions([record(1, "rejected"), record(0)], 0, StoreState([], damaged=damaged))
+
+    assert [finding.found for finding in findings] == [
+        "version 0 is damaged in the store: edits.jsonl is missing",
+        "version 5 is damaged in the store: manifest.json cannot be read",
+    ]
+    assert {finding.level for finding in findings} == {Level.FAIL}
+
+
 def test_a_store_is_looked_at(tmp_path: Path) -> None:
     assert look_at_store(str(tmp_path)) == StoreState([], [])
     for name in ("000000", "000007", ".000008.ab", "1000000"):
         (tmp_path / "versions" / name).mkdir(parents=True)
     for name in ("000000", "1000000", ".000008.ab"):
-        (tmp_path / "versions" / name / "manifest.json").touch()
+        (tmp_path / "versions" / name / "manifest.json").write_text('{"files": {}}')
     assert look_at_store(str(tmp_path)) == StoreState([0, 1_000_000], [".000008.ab", "000007"])
     assert look_at_store("s3://bucket/versions") is None
+
+
+def write_version(store: VersionStore) -> None:
+    info = {"version": 1, "parent": 0, "base": {"name": "b", "fingerprint": "f" * 64}, "location": "l"}
+    info |= {"run": {}, "metrics": {}, "created_at": 0}
+    store.write(VersionInfo.model_validate(info), {"w": torch.zeros(2)}, [{"id": "edit_1"}])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "damage"),
+    [
+        ("delta.safetensors", None, "delta.safetensors is missing"),
+        ("edits.jsonl", b"", "edits.jsonl has 0 bytes, expected 17"),
+        ("manifest.json", b"{", "manifest.json cannot be read"),
+        ("manifest.json", b"[]", "manifest.json cannot be read"),
+    ],
+)
+def test_a_version_whose_files_are_not_what_was_written_is_damaged(
+    tmp_path: Path, file: str, content: bytes | None, damage: str
+) -> None:
+    store = VersionStore(str(tmp_path))
+    write_version(store)
+    assert look_at_store(str(tmp_path)) == StoreState([1], [])
+    path = tmp_path / "versions" / "000001" / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+
+    assert look_at_store(str(tmp_path)) == StoreState([], [], {1: damage})
+    with pytest.raises(DamagedDeltaError):
+        store.whole(1)
 
 
 def test_versions_before_the_first_and_in_a_remote_store() -> None:

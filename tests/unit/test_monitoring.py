@@ -184,7 +184,8 @@ def test_prometheus_reads_the_rules_and_scrapes_the_service() -> None:
     assert COMPOSE["services"]["service"]["ports"][0].endswith(":8000")
     [key] = COMPOSE["services"]["prometheus"]["secrets"]
     assert job["authorization"] == {"credentials_file": f"/run/secrets/{key}"}
-    assert COMPOSE["secrets"][key] == {"environment": "ERRATA_METRICS_KEY"}, "not the operator's"
+    assert COMPOSE["secrets"][key] == {"file": "metrics.key"}, "not the operator's"
+    assert "metrics.key" in (ROOT / ".gitignore").read_text().splitlines()
     [rules] = SCRAPE["rule_files"]
     mounted = {config["source"]: config["target"] for config in COMPOSE["services"]["prometheus"]["configs"]}
     assert mounted == {"scrape": "/etc/prometheus/prometheus.yml", "rules": rules}
