@@ -23,6 +23,7 @@ from worker.training.encode import TokenSequence
 from worker.training.generations import Generations
 from worker.training.packing import Packing, pack, to_device
 from worker.training.resume import hidden_below
+from worker.training.row_check import check_rows
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,15 @@ class PrefixCache:
         self._folder = folder
         self._half_bytes = max(capacity_bytes // 2, 1 << 16)
         self._on_device: dict[str, DeviceStates] = {}
+        self._checked: weakref.WeakSet[BaseModel] = weakref.WeakSet()
         self.computed = 0
         """Sequences that were not there and had to be computed."""
 
     def hidden(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """The input of the tuned layer at each sequence's own tokens: [own tokens, hidden size], on the CPU."""
+        """The input of the tuned layer at each sequence's own tokens: [own tokens, hidden size], on the CPU.
+
+        Raises UnsupportedLayerError or UnsupportedAttentionError for a model that cannot be computed over packed rows.
+        """
         name = _name(base)
         keys = [_key(name, sequence) for sequence in sequences]
         found: dict[bytes, bytes] = self._store.get(keys)
@@ -73,7 +78,7 @@ class PrefixCache:
     def fill(self, base: BaseModel, sequences: Sequence[TokenSequence], should_stop: Callable[[], bool]) -> None:
         """Compute what is not there, in full batches: one by one, most of each batch would be copies.
 
-        However many there are, few states are in memory at once.
+        However many there are, few states are in memory at once. Raises as `hidden` does.
         """
         needed = sum(len(sequence.own) for sequence in sequences) * _bytes_per_token(base)
         if needed > self._half_bytes:
@@ -119,6 +124,10 @@ class PrefixCache:
         """Compute and keep states, some of them at a time."""
         if not missing:
             return
+        # What is kept was computed by a model that had passed.
+        if base not in self._checked:
+            check_rows(base)
+            self._checked.add(base)
         name, tokens = _name(base), _tokens_together(base)
         for chunk in _chunks(list(missing.values()), tokens):
             states = _compute(base, chunk, tokens)
