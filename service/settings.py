@@ -88,7 +88,10 @@ class Settings(BaseModel):
     )
     train_batch_size: int | None = Field(default=None, ge=1, description="Sequences per step; empty: measured default")
     train_max_epochs: int | None = Field(
-        default=None, ge=1, description="Bound on visits per sequence; empty: measured default"
+        default=None,
+        ge=1,
+        description="Bound on visits per sequence, on average; a small set may need more for its least number of "
+        "steps; empty: measured default",
     )
     train_preserve: float | None = Field(
         default=None, ge=0, description="Strength of preservation, 0 for none; empty: measured default"
@@ -115,7 +118,9 @@ class Settings(BaseModel):
     run_max_s: float = Field(default=6 * 3600.0, gt=0, description="Longest run, seconds")
     run_lease_s: float = Field(default=30.0, gt=0, description="A run whose worker is silent so long is taken over")
 
-    evaluate_sample: int = Field(default=100, ge=0, description="Older edits that a run measures beside its new ones")
+    evaluate_sample: int = Field(
+        default=100, ge=0, description="Older edits, drawn at random, that a run measures beside its new ones"
+    )
     gate_min_reliability: float = Field(
         default=0.5, ge=0, le=1, description="Least share of the evaluated edits learned"
     )

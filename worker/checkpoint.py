@@ -63,9 +63,15 @@ def fingerprint(model_dir: Path) -> str:
     """Return the sha256, in hex, of the model's identity: config.json and the content of every safetensors file.
 
     Files are streamed. Tokenizer files are left out: they do not change what a delta replaces.
+
+    Raises CheckpointError for a model whose weights are in no safetensors file.
     """
     whole = hashlib.sha256()
-    for path in [model_dir / "config.json", *sorted(model_dir.glob("*.safetensors"))]:
+    weights = sorted(model_dir.glob("*.safetensors"))
+    if not weights:
+        # transformers would load them from other files, which could change under the same fingerprint.
+        raise CheckpointError(f"the model in {model_dir} has no weights as *.safetensors; save it in that format")
+    for path in [model_dir / "config.json", *weights]:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.name} {digest}\n".encode())

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from service.logs import JsonFormatter
 from service.schemas import Format
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError
-from worker.experiment import Experiment, carry_out, rank
+from worker.experiment import Experiment, carry_out, processes, rank
 from worker.placement import LOWER_ON_DISK
 from worker.training.attention import UnsupportedAttentionError
 from worker.training.breadth_first import TrainingError
@@ -91,9 +90,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
             raise ValueError(f"--plain is the paper's procedure without Errata's additions: it excludes {option}")
     if options.device and options.device_map == "auto":
         raise ValueError("--device-map auto chooses the devices: it excludes --device")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
-        options.device_map == "auto" or (options.device or "").startswith("cuda:")
-    ):
+    if processes() > 1 and (options.device_map == "auto" or (options.device or "").startswith("cuda:")):
         raise ValueError(
             "under torchrun each process has a GPU of its own: it excludes --device-map auto and --device cuda:N"
         )
@@ -224,8 +221,9 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    if rank() == 0:
-        sys.stderr.write(f"errata-train: {one_line(message)}\n")
+    # What one of several processes fails by, the first may never hear of.
+    who = f"process {rank()}: " if processes() > 1 else ""
+    sys.stderr.write(f"errata-train: {who}{one_line(message)}\n")
     return status
 
 

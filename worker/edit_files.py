@@ -3,7 +3,9 @@
 Takes a path and returns a list. A file is one JSON list or JSON lines; its first row decides whose fields it is in.
 """
 
+import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from service.schemas import Text, check_untrained, normalise_prompt
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class EditFileError(ValueError):
@@ -62,7 +66,8 @@ _texts: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[Text, ...])
 def read_edits(path: Path) -> list[EditRow]:
     """Read every edit of `path`, texts stripped, in the order of the rows.
 
-    A later row supersedes an earlier one of the same prompt, compared as the service compares prompts.
+    A later row supersedes an earlier one of the same prompt, compared as the service compares prompts. A rephrase that
+    a row trains on is left out, and how many were is logged.
 
     Raises:
         EditFileError: the file is not JSON, is in no known fields, or has a bad row.
@@ -78,7 +83,22 @@ def read_edits(path: Path) -> list[EditRow]:
         question = normalise_prompt(edit.prompt)
         edits.pop(question, None)
         edits[question] = edit
-    return list(edits.values())
+    return _without_trained(path, list(edits.values()))
+
+
+def _without_trained(path: Path, edits: Sequence[EditRow]) -> list[EditRow]:
+    """The edits without rephrases that one of them trains on: they would measure what was learned by heart."""
+    trained = {normalise_prompt(text) for edit in edits for text in (edit.prompt, *edit.paraphrases)}
+    kept = [
+        dataclasses.replace(
+            edit, rephrases=tuple(text for text in edit.rephrases if normalise_prompt(text) not in trained)
+        )
+        for edit in edits
+    ]
+    dropped = sum(len(edit.rephrases) for edit in edits) - sum(len(edit.rephrases) for edit in kept)
+    if dropped:
+        log.warning("edits.trained_rephrases_left_out", extra={"path": str(path), "rephrases": dropped})
+    return kept
 
 
 @dataclass(frozen=True)

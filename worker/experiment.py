@@ -58,6 +58,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def carry_out(experiment: Experiment) -> dict[str, Any] | None:
     """Train, write the version, measure it; JSON values that say how it went. None in every process but the first.
 
@@ -66,17 +71,16 @@ def carry_out(experiment: Experiment) -> dict[str, Any] | None:
     """
     rows = read_edits(experiment.edits)[: experiment.limit]
     _check_writable(experiment.out)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     base = load_base(
         experiment.model,
         experiment.location,
-        device=experiment.device or _own_device(processes),
+        device=_own_device(experiment.device),
         dtype=experiment.dtype,
         device_map=experiment.device_map,
     )
     usual = config_for(base.model.config.to_dict(), plain=experiment.plain)
     config = dataclasses.replace(usual, **experiment.changes)
-    if processes > 1:
+    if processes() > 1:
         if base.device.type == "cuda":
             torch.cuda.set_device(base.device)  # what NCCL and pinned memory go by
         distributed.init_process_group("nccl" if base.device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
@@ -214,10 +218,10 @@ def _check_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def _own_device(processes: int) -> str | None:
-    """One GPU for each of several processes; None where there is nothing to divide."""
-    shares = processes > 1 and torch.cuda.is_available()
-    return f"cuda:{os.environ['LOCAL_RANK']}" if shares else None
+def _own_device(asked: str | None) -> str | None:
+    """What is asked for; of several processes that may use GPUs, each has one of its own."""
+    shares = processes() > 1 and asked in (None, "cuda") and torch.cuda.is_available()
+    return f"cuda:{os.environ['LOCAL_RANK']}" if shares else asked
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -98,7 +98,9 @@ class Learning:
 
         def attempt(start: Start, chain: int, snapshot: Snapshot | None) -> Learned:
             # On top of what is learned each sequence is judged by itself: in a mean the few new ones would not show.
-            chosen = dataclasses.replace(config, skip_learned=True) if chain else config
+            # The rate must have room to fall, which the paper's has not.
+            slowest = min(config.final_rate, TrainingConfig.final_rate)
+            chosen = dataclasses.replace(config, skip_learned=True, final_rate=slowest) if chain else config
             # An attempt more has a seed of its own, but what is gone on with goes on with its shuffles.
             chosen = dataclasses.replace(chosen, seed=snapshot.seed) if snapshot else chosen
             begun = dataclasses.replace(start, snapshot=snapshot)

@@ -4,6 +4,7 @@ Knows nothing of edits, settings, stores or servers. The base's weights are neve
 evaluation swap tuned tensors in for the length of a call (`worker.training.resume`).
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from worker.checkpoint import fingerprint, resolve_location, resolve_model
 from worker.location import LocationError, matrices
 from worker.placement import LOWER_ON_DISK, DeviceMap, PlacementError, load_placed, lower_on_disk
 from worker.precision import compute_dtype
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,9 @@ def load_base(
     path = resolve_model(path_or_hub_id)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if "strftime_now" in str(tokenizer.chat_template):
+        # What is computed of a prompt once ever is computed anew each day, to other bits.
+        log.warning("model.dated_chat_template", extra={"model": path_or_hub_id})
     location = resolve_location(path, location)
     computed_in = compute_dtype(dtype, target.type)
     model: PreTrainedModel

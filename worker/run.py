@@ -4,6 +4,7 @@ It joins the pure parts (training, evaluation, delta) with the stores; it decide
 """
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -149,7 +150,7 @@ class Trainer:
             learned = self.learning.carry_out(run, lease, claim, joinable=joinable)
         bind(**of_edits(learned.claim.new))
         with self._phase(run, "evaluate"):
-            metrics = self._evaluate(learned.claim, learned.result.tensors)
+            metrics = self._evaluate(run, learned.claim, learned.result.tensors)
         gate = Thresholds(
             min_reliability=self.settings.gate_min_reliability,
             min_locality=self.settings.gate_min_locality,
@@ -181,12 +182,14 @@ class Trainer:
             raise fault
         return found.candidate
 
-    def _evaluate(self, claim: Claim, tensors: Mapping[str, Tensor]) -> Metrics:
+    def _evaluate(self, run: Run, claim: Claim, tensors: Mapping[str, Tensor]) -> Metrics:
         new = set(claim.claimed)
         # A withdrawal brings nothing new; what is left is measured by one of the rest at least.
         sampled = max(self.settings.evaluate_sample, 0 if new else 1)
         older = [edit for edit in claim.members if edit.id not in new]
-        measured = [edit for edit in claim.members if edit.id in new] + older[max(0, len(older) - sampled) :]
+        # The same ones for every candidate of the run, others for the next run's.
+        drawn = random.Random(run.id).sample(older, min(sampled, len(older)))  # noqa: S311 - not a secret
+        measured = [edit for edit in claim.members if edit.id in new] + drawn
         return self.evaluator.evaluate(
             [EvaluationEdit(edit.id, edit.prompt, edit.target, tuple(edit.rephrases)) for edit in measured], tensors
         )

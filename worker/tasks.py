@@ -21,14 +21,18 @@ from worker.evaluation.metrics import Evaluator
 from worker.learning import Learning
 from worker.model import load_base
 from worker.run import Trainer
+from worker.training.attention import UnsupportedAttentionError
 from worker.training.prefix import PrefixCache
 from worker.training.preserve import Preservation
+from worker.training.resume import UnsupportedLayerError
 
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 3.0
 # A run of hours is not given up because Redis restarts. What a run says to Redis may be said twice.
 _RETRIES = 305  # of which the first five take a second together, and each of the others one
+# What a worker cannot start with; its message says all.
+_UNUSABLE = (CheckpointError, DeltaError, OSError, UnsupportedAttentionError, UnsupportedLayerError, ValueError)
 
 configure_logging(logging.INFO)
 configure_tracing("train")
@@ -47,7 +51,7 @@ def load(**_: Any) -> None:
         trainer.prepare()
         trainer.evaluator.prepare()
         trainer.learning.prepare()
-    except (CheckpointError, ValueError, OSError, DeltaError) as error:
+    except _UNUSABLE as error:
         log.error("worker.not_started", extra={"reason": str(error)})
         raise SystemExit(1) from error
     except Exception as error:

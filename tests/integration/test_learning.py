@@ -13,7 +13,8 @@ from service.settings import Settings
 from service.stores import Stores
 from worker import learning as worker_learning
 from worker.training import snapshot
-from worker.training.config import PLAIN
+from worker.training.config import PLAIN, TrainingConfig
+from worker.training.learner import Learner
 from worker.training.snapshot import EpochReport
 
 
@@ -228,6 +229,29 @@ def test_a_warm_run_of_the_papers_settings_judges_each_new_edit_by_itself(
     assert manifest["stopped"] == "learned"
     assert manifest["epochs"][-1]["unlearned"] == 0
     assert manifest["configuration"]["skip_learned"]
+
+
+def test_a_warm_run_of_the_papers_settings_steps_as_small_as_any(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rate does not fall over the budget: at that of a new run, one edit on many makes the run forget others."""
+    plain = dataclasses.replace(PLAIN, learning_rate=4e-2, loss_threshold=0.05, max_epochs=100, batch_size=4)
+    monkeypatch.setattr(worker_learning, "config_for", lambda _: plain)
+    rates: list[float] = []
+    slow_down = Learner.slow_down
+
+    def watched(self: Learner, *args: float, **kwargs: float) -> None:
+        slow_down(self, *args, **kwargs)
+        rates.append(self.optimiser.param_groups[0]["lr"] / plain.learning_rate)
+
+    monkeypatch.setattr(Learner, "slow_down", watched)
+    for number in range(12):
+        bench.submit(f"number {number}", str(number))
+    assert bench.manifest_of(bench.run())["configuration"]["final_rate"] == 1
+    assert set(rates) == {1.0}
+    rates.clear()
+    bench.submit("the newest of all", "zebra")
+    assert bench.manifest_of(bench.run())["configuration"]["final_rate"] == TrainingConfig().final_rate
+    # Of twelve learned sequences a batch is replayed.
+    assert rates[0] == pytest.approx((4 / 12) ** 0.5)
 
 
 def test_what_the_settings_say_of_training_is_done(bench: Bench) -> None:

@@ -48,6 +48,13 @@ def test_fingerprint_tells_apart_files_that_swapped_names(model_dir: Path) -> No
     assert checkpoint.fingerprint(model_dir) != before
 
 
+def test_weights_that_no_fingerprint_is_made_of_are_refused(model_dir: Path) -> None:
+    for path in model_dir.glob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    with pytest.raises(checkpoint.CheckpointError, match=rf"{re.escape(str(model_dir))}.*safetensors"):
+        checkpoint.fingerprint(model_dir)
+
+
 def saved(folder: Path, family: str, **overrides: object) -> Path:
     tiny_model(family, **overrides).save_pretrained(folder)
     return folder

@@ -326,6 +326,37 @@ def test_processes_that_would_share_a_gpu_are_refused(
     assert "a GPU of its own" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [(), ("--device", "cuda")], ids=["unasked", "cuda"])
+def test_of_several_processes_each_has_a_gpu_of_its_own(
+    train: Callable[..., Any], asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    def load(*_: object, device: str, **__: object) -> None:
+        devices.append(device)
+        raise ValueError("no GPU here")
+
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("worker.command._device", str)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(experiment, "load_base", load)
+    status, _, err = train(*asked)
+    assert (status, devices) == (2, ["cuda:1"])
+    assert err == "errata-train: process 3: no GPU here\n"
+    train("--device", "cpu")
+    assert devices[1:] == ["cpu"]
+
+
+def test_a_model_that_cannot_be_trained_is_one_line_and_exit_2(train: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_model("lfm2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    location = ("--location", "model.layers.2.feed_forward.w2")
+    status, _, err = train(*QUICK, "--model", str(tmp_path / "model"), *location)
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert err.startswith("errata-train: Lfm2ForCausalLM cannot be trained")
+
+
 def test_a_damaged_checkpoint_is_one_line_and_exit_2(train: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)

@@ -67,6 +67,31 @@ def test_the_later_row_of_the_same_prompt_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "left", "dropped"),
+    [
+        ([ZSRE, {**ZSRE, "src": "Crashday's  PUBLISHER is?", "rephrase": "other"}], [(), ("other",)], 1),
+        ([{**ZSRE, "rephrase": ZSRE["src"]}], [()], 1),
+        ([OWN, {"prompt": "C", "target": "x", "rephrases": ["f", "E"]}], [("d",), ("f",)], 2),
+        ([OWN, {"prompt": "c", "target": "x"}, {**OWN, "target": "y", "rephrases": ["c", "d"]}], [(), ("d",)], 1),
+    ],
+    ids=["another prompt", "its own prompt", "prompt and paraphrase", "of the later row"],
+)
+def test_a_rephrase_that_a_row_trains_on_is_left_out_and_counted(
+    tmp_path: Path,
+    rows: list[dict[str, object]],
+    left: list[tuple[str, ...]],
+    dropped: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = written(tmp_path, rows)
+    edits = read_edits(path)
+    assert [edit.rephrases for edit in edits] == left
+    (warning,) = caplog.records
+    assert warning.message == "edits.trained_rephrases_left_out"
+    assert (warning.path, warning.rephrases) == (str(path), dropped)
+
+
+@pytest.mark.parametrize(
     ("second", "complaint"),
     [
         ({"prompt": "a"}, "row 2: field 'target' is missing"),

@@ -39,6 +39,17 @@ def test_no_token_is_added(checkpoint: Path) -> None:
     assert base.model.get_input_embeddings().weight.shape == (260, 32)
 
 
+def test_a_chat_template_with_todays_date_is_warned_of(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_base(str(checkpoint), device="cpu")
+    assert "model.dated_chat_template" not in caplog.messages
+    dated = tiny_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(dated.chat_template)
+    dated.save_pretrained(checkpoint)
+    load_base(str(checkpoint), device="cpu")
+    (warning,) = (record for record in caplog.records if record.message == "model.dated_chat_template")
+    assert warning.model == str(checkpoint)
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no-such-folder"):
         load_base(str(tmp_path / "no-such-folder"))

@@ -137,12 +137,19 @@ def test_the_models_own_attention_is_back_afterwards() -> None:
     assert base.model.config._attn_implementation == own
 
 
-@pytest.mark.parametrize(("extra", "reason"), [("s_aux", "sinks"), ("attention_mask", "mask")])
-def test_attention_that_cannot_be_packed_is_refused(extra: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"s_aux": torch.zeros(1)}, "sinks"),
+        ({"attention_mask": torch.zeros(1)}, "mask"),
+        ({"packing": None}, "not told"),
+    ],
+)
+def test_attention_that_cannot_be_packed_is_refused(given: dict[str, Tensor | None], reason: str) -> None:
     states = torch.zeros(1, 2, 32, 8)
-    arguments = {"attention_mask": None, extra: torch.zeros(1)}
+    arguments = {"attention_mask": None, "packing": pack(SEQUENCES[5:]), **given}
     with pytest.raises(UnsupportedAttentionError, match=reason):
-        _attend(torch.nn.Linear(1, 1), states, states, states, packing=pack(SEQUENCES[5:]), **arguments)
+        _attend(torch.nn.Linear(1, 1), states, states, states, **arguments)
 
 
 def test_a_packing_moves_by_any_name_of_a_device() -> None:
@@ -155,10 +162,11 @@ def test_a_packing_moves_by_any_name_of_a_device() -> None:
     assert packing.to("cpu") is packing
 
 
+@pytest.mark.parametrize("value_size", [8, 5])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_fused_kernel_gives_what_the_matrix_products_give(window: int | None) -> None:
+def test_the_fused_kernel_gives_what_the_matrix_products_give(window: int | None, value_size: int) -> None:
     torch.manual_seed(0)
     attention = _Attention(scale=0.3, softcap=None, sliding_window=window)
-    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, value_size)
     mask = _mask(4, 7, window, torch.device("cpu"))
     torch.testing.assert_close(attention.fused(query, key, value, mask), attention.plain(query, key, value, mask))

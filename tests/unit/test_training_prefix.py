@@ -1,7 +1,7 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from worker.model import BaseModel
 from worker.training.breadth_first import TrainingConfig, train
 from worker.training.encode import TokenSequence, TrainingEdit
+from worker.training.generations import Generations
 from worker.training.packing import pack
 from worker.training.prefix import PrefixCache
 
@@ -127,6 +128,42 @@ def test_models_layers_and_dtypes_do_not_share_values(tmp_path: Path) -> None:
     assert [state.dtype for state in states] == [torch.float32] * 3 + [torch.bfloat16]
     assert not any(torch.equal(states[0], other.float()) for other in states[1:])
     assert same([hidden(base, prefix, SEQUENCES[5:6])[0] for base in bases], states)
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_what_another_release_of_a_library_computed_is_not_read(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prefix = tiny_base(), PrefixCache()
+    hidden(base, prefix)
+    monkeypatch.setattr(f"worker.training.prefix.{library}.__version__", "99.0")
+    hidden(base, prefix)
+    assert prefix.computed == 2 * len(SEQUENCES)
+
+
+def test_filling_holds_few_states_at_once_and_computes_as_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, least = tiny_base(), 1 << 13
+    read: list[int] = []
+    get = Generations.get
+
+    def watched(self: Generations, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        found = get(self, keys)
+        read.append(sum(map(len, found.values())))
+        return found
+
+    monkeypatch.setattr(Generations, "get", watched)
+    with layer_runs(base) as together:
+        expected = hidden(base, PrefixCache())
+    for at_once in (1 << 30, least):
+        prefix = PrefixCache()
+        with monkeypatch.context() as filling, layer_runs(base) as counted:
+            filling.setattr("worker.training.prefix._READ_BYTES", at_once)
+            filling.delattr("worker.training.prefix._from_bytes")  # no state is handed out
+            prefix.fill(base, SEQUENCES, should_stop=lambda: False)
+            assert (counted, prefix.computed) == (together, len(SEQUENCES))
+            read.clear()
+            prefix.fill(base, SEQUENCES, should_stop=lambda: False)
+        assert prefix.computed == len(SEQUENCES)
+        assert (max(read) <= at_once, sum(read) > 4 * least) == (True, True)
+        assert same(hidden(base, prefix), expected)
 
 
 def test_the_same_tokens_with_another_head_are_another_value() -> None:

@@ -169,6 +169,18 @@ def test_other_texts_do_not_share_what_was_measured(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_what_another_release_of_a_library_measured_is_not_read(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, prefix = tiny_base(), PrefixCache()
+    Preservation(base, prefix, tmp_path).factors(0.1)
+    monkeypatch.setattr(f"worker.training.prefix.{library}.__version__", "99.0")
+    Preservation(base, prefix, tmp_path).factors(0.1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("texts")
 def test_a_folder_that_cannot_be_written_costs_time_and_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

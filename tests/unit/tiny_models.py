@@ -7,9 +7,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -20,6 +22,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from worker.model import BaseModel, freeze_base
@@ -64,9 +67,37 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "shared_expert_intermediate_size": 24,
         },
     ),
+    # Its values have another size than its queries.
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "first_k_dense_replace": 99,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+        },
+    ),
 }
 FAMILIES = tuple(CONFIGS)
-DOWN_PROJECTIONS = {"phi": "mlp.fc2", "qwen2_moe": "mlp.shared_expert.down_proj"}
+# Every other layer is no attention.
+MIXING: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
+    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
+    "qwen3_next": (
+        Qwen3NextConfig,
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "mlp_only_layers": [0, 1, 2, 3],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+}
+DOWN_PROJECTIONS = {"phi": "mlp.fc2", "qwen2_moe": "mlp.shared_expert.down_proj", "lfm2": "feed_forward.w2"}
 # A tuned matrix with room enough to learn a few edits to the end.
 ROOMY = {"hidden_size": 64, "intermediate_size": 256}
 
@@ -90,7 +121,7 @@ def down_projection(family: str, layer: int) -> str:
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A random fp32 model, its initial weights large enough that different inputs give clearly different outputs."""
-    config_class, settings = CONFIGS[family]
+    config_class, settings = (CONFIGS | MIXING)[family]
     torch.manual_seed(seed)
     config = config_class(**{**SIZES, "initializer_range": 0.2, **settings, **overrides})
     return AutoModelForCausalLM.from_config(config).eval()

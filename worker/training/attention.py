@@ -1,7 +1,8 @@
 """Attention over a packed row (worker.training.packing), through transformers' AttentionInterface.
 
-Every other module works on tokens one by one; attention is told where sequences begin and end by the `packing` keyword
-of the model's forward, which transformers hands on to it. No family of models is named here.
+Attention is told where sequences begin and end by the `packing` keyword of the model's forward, which transformers
+hands on to it. Every other module has to work on tokens one by one, which worker.training.row_check finds out. No
+family of models is named here.
 
 Only here sequences are padded, each to the longest of its group: a long one among many short ones costs a square of
 itself for each of them.
@@ -46,14 +47,16 @@ def _attend(  # noqa: PLR0913  transformers' own signature
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a packed row. Query is [1, heads, tokens, size], the result [1, tokens, heads, size]."""
+    """Attention over a packed row. Query is [1, heads, tokens, size], the result [1, tokens, heads, value's size]."""
+    if packing is None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} is not told where a packed row's sequences begin")
     if s_aux is not None:
         raise UnsupportedAttentionError(f"{type(module).__name__} has attention sinks, which are not supported")
     if attention_mask is not None:
@@ -137,7 +140,7 @@ class _Attention:
     sliding_window: int | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Query is [sequences, queries, heads, size], key and value [sequences, keys, key heads, size]."""
+        """Query is [sequences, queries, heads, size], key and value [sequences, keys, key heads, its size]."""
         mask = _mask(query.shape[1], key.shape[1], self.sliding_window, query.device)
         if self.softcap is None and query.device.type != "cpu":
             return self.fused(query, key, value, mask)
@@ -158,7 +161,7 @@ class _Attention:
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """By matrix products: for short sequences on a CPU, where the fused kernel's backward takes longer."""
-        sequences, queries, heads, size = query.shape
+        sequences, queries, heads, _ = query.shape
         groups = key.shape[2]
         # The heads that share a key head are further rows of the same product.
         stacked = (query * self.scale).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -167,7 +170,7 @@ class _Attention:
             weights = self.softcap * torch.tanh(weights / self.softcap)
         weights = weights.masked_fill(~mask, -math.inf).softmax(dim=-1).to(value.dtype).flatten(2, 3)
         said: Tensor = (weights @ value.transpose(1, 2)).unflatten(2, (-1, queries))
-        whole: Tensor = said.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, size)
+        whole: Tensor = said.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, -1)
         return whole
 
 

@@ -113,7 +113,8 @@ def train(
 ) -> TrainingResult:
     """Learn all `edits` together. The base's own weights stay as they are.
 
-    The same arguments give the same tensors to the last bit on the same machine.
+    The same arguments give the same tensors to the last bit on the same machine; on a GPU while no sequence is longer
+    than 64 tokens. Over more keys the backward of torch's memory-efficient attention may add in any order.
 
     Args:
         base: the frozen model.

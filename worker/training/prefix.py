@@ -9,11 +9,12 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from worker.model import BaseModel
@@ -22,6 +23,7 @@ from worker.training.encode import TokenSequence
 from worker.training.generations import Generations
 from worker.training.packing import Packing, pack, to_device
 from worker.training.resume import hidden_below
+from worker.training.row_check import check_rows
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 _LENGTH_MULTIPLE = 16
 # Sequences among which those of one length are computed together; what is missing in the last batch of each is copies.
 _FILLED_TOGETHER = {"cpu": 512, "cuda": 4096}
+# Most of what is read at once, only to find out what is not there.
+_READ_BYTES = 64 << 20
 
 
 class PrefixCache:
@@ -54,26 +58,28 @@ class PrefixCache:
         self._folder = folder
         self._half_bytes = max(capacity_bytes // 2, 1 << 16)
         self._on_device: dict[str, DeviceStates] = {}
+        self._checked: weakref.WeakSet[BaseModel] = weakref.WeakSet()
         self.computed = 0
         """Sequences that were not there and had to be computed."""
 
     def hidden(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """The input of the tuned layer at each sequence's own tokens: [own tokens, hidden size], on the CPU."""
+        """The input of the tuned layer at each sequence's own tokens: [own tokens, hidden size], on the CPU.
+
+        Raises UnsupportedLayerError or UnsupportedAttentionError for a model that cannot be computed over packed rows.
+        """
         name = _name(base)
         keys = [_key(name, sequence) for sequence in sequences]
         found: dict[bytes, bytes] = self._store.get(keys)
         missing = {key: sequence for key, sequence in zip(keys, sequences, strict=True) if key not in found}
-        tokens = _tokens_together(base) if missing else 0
-        for chunk in _chunks(list(missing.values()), tokens):
-            states = _compute(base, chunk, tokens)
-            computed = {_key(name, sequence): _to_bytes(state) for sequence, state in zip(chunk, states, strict=False)}
-            self.computed += len(computed)
-            self._store.put(computed)
+        for computed in self._computed(base, missing):
             found |= computed
         return [_from_bytes(found[key], base) for key in keys]
 
     def fill(self, base: BaseModel, sequences: Sequence[TokenSequence], should_stop: Callable[[], bool]) -> None:
-        """Compute what is not there, in full batches: one by one, most of each batch would be copies."""
+        """Compute what is not there, in full batches: one by one, most of each batch would be copies.
+
+        However many there are, few states are in memory at once. Raises as `hidden` does.
+        """
         needed = sum(len(sequence.own) for sequence in sequences) * _bytes_per_token(base)
         if needed > self._half_bytes:
             log.warning("prefix_cache.too_small", extra={"bytes": needed, "kept_bytes": self._half_bytes})
@@ -81,7 +87,8 @@ class PrefixCache:
         for start in range(0, len(sequences), together):
             if should_stop():
                 return
-            self.hidden(base, sequences[start : start + together])
+            for _ in self._computed(base, self._missing(base, sequences[start : start + together])):
+                pass
 
     def row(self, base: BaseModel, packing: Packing, sequences: Sequence[TokenSequence]) -> Tensor:
         """The input of the tuned layer along a packed row: [tokens, hidden size], on the model's device.
@@ -101,6 +108,33 @@ class PrefixCache:
         if padding:
             pieces.append(pieces[0].new_zeros(padding, pieces[0].shape[1]))
         return to_device(torch.cat(pieces), base.device)
+
+    def _missing(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> dict[bytes, TokenSequence]:
+        """Those that are not there, by key. What is there moves to the newer generation."""
+        name, missing = _name(base), dict[bytes, TokenSequence]()
+        longest = max(len(sequence.own) for sequence in sequences)
+        count = max(1, _READ_BYTES // (longest * _bytes_per_token(base)))
+        for start in range(0, len(sequences), count):
+            some = {_key(name, sequence): sequence for sequence in sequences[start : start + count]}
+            found = self._store.get(list(some))
+            missing |= {key: sequence for key, sequence in some.items() if key not in found}
+        return missing
+
+    def _computed(self, base: BaseModel, missing: Mapping[bytes, TokenSequence]) -> Iterator[dict[bytes, bytes]]:
+        """Compute and keep states, some of them at a time."""
+        if not missing:
+            return
+        # What is kept was computed by a model that had passed.
+        if base not in self._checked:
+            check_rows(base)
+            self._checked.add(base)
+        name, tokens = _name(base), _tokens_together(base)
+        for chunk in _chunks(list(missing.values()), tokens):
+            states = _compute(base, chunk, tokens)
+            computed = {_key(name, sequence): _to_bytes(state) for sequence, state in zip(chunk, states, strict=False)}
+            self.computed += len(computed)
+            self._store.put(computed)
+            yield computed
 
     def _at_hand(self, base: BaseModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
         """The same as `hidden`, on the model's device where that is a GPU with room for it."""
@@ -155,10 +189,14 @@ def _padded(sequence: TokenSequence) -> int:
     return -(-len(sequence.own) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
+def computed_with(base: BaseModel) -> str:
+    """What decides the last bits of a model's values besides its weights: dtype, kind of device, libraries."""
+    libraries = f"torch {torch.__version__} transformers {transformers.__version__}"
+    return f"{base.model.dtype} {base.device.type} {libraries}"
+
+
 def _name(base: BaseModel) -> str:
-    identity = (
-        f"{_FORMAT} {base.fingerprint} {base.layers_name} {base.layer_index} {base.model.dtype} {base.device.type}"
-    )
+    identity = f"{_FORMAT} {base.fingerprint} {base.layers_name} {base.layer_index} {computed_with(base)}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

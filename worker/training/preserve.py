@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from worker.model import BaseModel
 from worker.training.calibration import calibration_sequences
 from worker.training.packing import pack
-from worker.training.prefix import PrefixCache
+from worker.training.prefix import PrefixCache, computed_with
 from worker.training.resume import run_tuned_layer
 
 Factors = Mapping[str, Tensor]
@@ -65,7 +65,7 @@ class Preservation:
     def _path(self) -> Path:
         base = self._base
         texts = [sequence.token_ids for sequence in calibration_sequences(base.tokenizer)]
-        inputs = f"{base.fingerprint} {base.parameter_names} {base.model.dtype} {base.device.type} {texts}"
+        inputs = f"{base.fingerprint} {base.parameter_names} {computed_with(base)} {texts}"
         return self._folder / f"{hashlib.sha256(inputs.encode()).hexdigest()[:24]}.safetensors"
 
 

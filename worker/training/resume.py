@@ -19,7 +19,7 @@ from worker.training.packing import Packing
 
 
 class UnsupportedLayerError(RuntimeError):
-    """The model's decoder layers do not take and return plain hidden states as their first argument."""
+    """The model's decoder layers cannot be run over a part of the model, or over several sequences in one row."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal that unwinds the forward, not an error
