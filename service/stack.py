@@ -156,6 +156,7 @@ class Stack:
 
         Raises:
             StackError: it is being started, or its Redis runs and nothing tells what runs beside that.
+            TimeoutError: something is still there although it was told to stop.
         """
         record = self._record()
         if record and self._supervisor(record).processes():
