@@ -41,7 +41,7 @@ def main() -> None:
             results.record(pipeline=pipeline, batch=batch, runs=runs)
             for column, lines in series.items():
                 values = [run[QUALITY.index(column)] for run in runs]
-                lines.setdefault(str(pipeline), []).extend((batch, value) for value in values)
+                lines.setdefault(str(pipeline), []).extend((batch, value) for value in values if value is not None)
     for column, lines in series.items():
         path = results.plot(column.replace(" ", "-"))
         write_plot(path, lines, title=f"{options.count} edits", x_label="batch size", y_label=column)

@@ -21,8 +21,7 @@ import httpx
 from benchmarks.load import percentile, running, say
 from benchmarks.report import RESULTS, Results, spread, told
 from service.client import ErrataClient
-from service.gateway.models import ACTIVE_MODEL, VERSION_HEADER
-from service.nodes import version_name
+from service.model_names import ACTIVE_MODEL, VERSION_HEADER, version_name
 from service.schemas import EditRequest, Trigger
 
 COMPANIES = ("Initech", "Globex", "Hooli", "Vandelay")
@@ -107,8 +106,8 @@ def main() -> None:
             if repeat:  # the first one warms up
                 pairs.append((still, moving))
     results.table(["windows", "streams", "failed", "mislabelled", "equal to the truth", "largest gap of a window, ms"])
-    for name, windows in zip(("without activations", "with activations"), zip(*pairs, strict=True), strict=True):
-        results.add([name, *_outcome(windows, truth)])
+    for name, alike in zip(("without activations", "with activations"), zip(*pairs, strict=True), strict=True):
+        results.add([name, *_outcome(alike, truth)])
     gaps = [moving.largest_gap_ms / still.largest_gap_ms for still, moving in pairs]
     results.say(f"The largest gap with activations is {spread(gaps)} times the one without, window by window.")
     results.table(["from the call of an activation or rollback, ms", "n", "p50", "p99", "most"])

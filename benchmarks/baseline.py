@@ -51,12 +51,11 @@ class PlainTrainer:
         """The mean over sequences of each one's mean over its target's tokens, EOS included: a scalar, fp32."""
         token_ids, mask, labels = (part.to(self._model.device) for part in _padded(batch))
         logits = self._model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits
-        # transposed to [sequences, vocabulary, tokens], as cross_entropy has it
+        wanted = labels[:, 1:]
         token_losses = functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=_NOT_LEARNED, reduction="none"
-        )
-        learned = (labels[:, 1:] != _NOT_LEARNED).sum(dim=1)
-        return (token_losses.sum(dim=1) / learned).mean()
+            logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=_NOT_LEARNED, reduction="none"
+        ).view_as(wanted)
+        return (token_losses.sum(dim=1) / (wanted != _NOT_LEARNED).sum(dim=1)).mean()
 
 
 def _padded(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,5 +65,5 @@ def _padded(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor, Tensor]:
     for row, sequence in zip(labels, batch, strict=True):
         row[: sequence.prompt_tokens] = _NOT_LEARNED
     masks = [torch.ones_like(row) for row in ids]
-    padded = (pad_sequence(rows, batch_first=True) for rows in (ids, masks))
-    return (*padded, pad_sequence(labels, batch_first=True, padding_value=_NOT_LEARNED))
+    token_ids, mask = (pad_sequence(rows, batch_first=True) for rows in (ids, masks))
+    return token_ids, mask, pad_sequence(labels, batch_first=True, padding_value=_NOT_LEARNED)

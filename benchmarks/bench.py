@@ -1,9 +1,10 @@
 """What the benchmarks of training share: their command line, their edits, and one base model that is trained and asked.
 
-No script: `speed.py`, `frontier.py`, `chain.py`, `scale.py` and `ablations.py` are.
+No script: those that train import it.
 """
 
 import argparse
+import dataclasses
 import itertools
 import random
 import resource
@@ -19,20 +20,21 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.report import RESULTS
-from service.schemas import Format, normalise_prompt
+from service.demo.script import facts
+from service.schemas import Format, normalise_text
 from worker.edit_files import EditRow, read_edits
-from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
+from worker.evaluation.metrics import Metrics
 from worker.model import BaseModel, load_base
-from worker.training.breadth_first import FROM_BASE, Hooks, Start, TrainingResult, train
+from worker.training.breadth_first import FROM_BASE, Hooks, Start, TrainingResult
 from worker.training.config import TrainingConfig, config_for
-from worker.training.encode import TokenSequence, TrainingEdit, encode, supported_formats
+from worker.training.encode import TokenSequence
 from worker.training.prefix import PrefixCache
-from worker.training.preserve import Preservation
+from worker.training.run_state import encoder_for
 from worker.training.snapshot import EpochReport
+from worker.workbench import Workbench, evaluation_edit, training_edit
 
 # The capability tasks alone are some 0.6 GB of SmolLM2-135M's hidden states, and must not be computed twice.
 PREFIX_BYTES = 4 << 30
-_CHUNK = 512
 
 QUALITY = (
     "reliability raw", "reliability chat", "generalization raw", "generalization chat", "locality", "perplexity ratio",
@@ -70,7 +72,7 @@ def edit_pool(paths: Sequence[Path], at_least: int) -> list[EditRow]:
     edits: dict[str, EditRow] = {}
     for turn in itertools.zip_longest(*map(read_edits, paths)):
         for row in filter(None, turn):
-            prompt = normalise_prompt(row.prompt)
+            prompt = normalise_text(row.prompt)
             edits.pop(prompt, None)
             edits[prompt] = row
     if len(edits) < at_least:
@@ -83,21 +85,28 @@ def sample(rows: Sequence[EditRow], count: int, seed: int = 0) -> list[EditRow]:
     return random.Random(seed).sample(rows, count) if 0 < count < len(rows) else list(rows)
 
 
-def training_edits(rows: Sequence[EditRow]) -> list[TrainingEdit]:
-    """The edits as a run takes them."""
-    return [TrainingEdit(row.id, row.prompt, row.target, row.paraphrases) for row in rows]
+def demo_edits() -> list[EditRow]:
+    """The demo's 20 edits, for what is measured in time only."""
+    return [EditRow(str(number), fact.prompt, fact.target) for number, fact in enumerate(facts())]
+
+
+def every_step(epochs: int) -> TrainingConfig:
+    """So many epochs over all edits in which every batch takes its step, with nothing preserved."""
+    return TrainingConfig(
+        max_epochs=epochs, min_steps=0, preserve=0, skip_learned=False, loss_threshold=0, token_threshold=0
+    )
 
 
 def quality(metrics: Metrics) -> list[float | None]:
     """The columns `QUALITY`; None for a format that was not asked or has no rephrases."""
     found = [metrics.formats.get(format_) for format_ in (Format.RAW, Format.CHAT)]
-    reliability = [shares and shares.reliability for shares in found]
-    generalization = [shares and shares.generalization for shares in found]
+    reliability = [shares.reliability if shares else None for shares in found]
+    generalization = [shares.generalization if shares else None for shares in found]
     return [*reliability, *generalization, metrics.locality, metrics.perplexity_ratio]
 
 
 class Bench:
-    """One base model with its prefix cache, preservation and evaluator."""
+    """A workbench in a temporary folder, whose work is shown."""
 
     def __init__(self, base: BaseModel, progress: Progress, *, prefix_bytes: int = PREFIX_BYTES) -> None:
         self.base = base
@@ -105,8 +114,7 @@ class Bench:
         self.folder = Path(tempfile.mkdtemp(prefix="errata-bench-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.prefix = PrefixCache(self.folder / "prefix", capacity_bytes=prefix_bytes)
-        self._preservation = Preservation(base, self.prefix, self.folder / "preservation")
-        self._evaluator = Evaluator(base, prefix=self.prefix)
+        self._workbench = Workbench(base, self.prefix, self.folder)
 
     @property
     def usual(self) -> TrainingConfig:
@@ -114,20 +122,17 @@ class Bench:
         return config_for(self.base.model.config.to_dict())
 
     def sequences(self, rows: Sequence[EditRow], config: TrainingConfig) -> list[TokenSequence]:
-        """The edits as they are trained, in every format."""
-        formats = config.formats or supported_formats(self.base.tokenizer)
-        return encode(self.base.tokenizer, training_edits(rows), formats, max_tokens=config.max_tokens)
+        """The edits as they are trained."""
+        encoder = encoder_for(self.base, config)
+        return [sequence for row in rows for sequence in encoder.encode(training_edit(row))]
 
     def prepare(self, rows: Sequence[EditRow], config: TrainingConfig) -> float:
         """Do what is done once ever, so that it is not timed with a run; the prefix pass's part of it, in seconds."""
-        if config.preserve:
-            self._preservation.factors(config.preserve)
+        self._workbench.prepare_training(config)
         sequences = self.sequences(rows, config)
-        task = self.progress.add_task(f"prefix of {len(sequences)} sequences", total=len(sequences))
+        task = self.progress.add_task(f"prefix of {len(sequences)} sequences", total=None)
         started = time.perf_counter()
-        for start in range(0, len(sequences), _CHUNK):
-            self.prefix.hidden(self.base, sequences[start : start + _CHUNK])
-            self.progress.advance(task, _CHUNK)
+        self.prefix.fill(self.base, sequences, should_stop=lambda: False)
         elapsed = time.perf_counter() - started
         self.progress.remove_task(task)
         return elapsed
@@ -140,21 +145,18 @@ class Bench:
             found = f"loss {epoch.loss:.3f}, {epoch.unlearned} of {epoch.visited} not learned"
             self.progress.update(task, advance=1, description=f"train {len(rows)} edits: {found}")
 
-        factors = self._preservation.factors(config.preserve) if config.preserve else None
-        hooks = Hooks(on_epoch=show)
         try:
-            return train(
-                self.base, training_edits(rows), config, prefix=self.prefix, factors=factors, start=start, hooks=hooks
-            )
+            edits = [training_edit(row) for row in rows]
+            return self._workbench.train(edits, config, start=start, hooks=Hooks(on_epoch=show))
         finally:
             self.progress.remove_task(task)
 
     def evaluate(self, rows: Sequence[EditRow], tensors: Mapping[str, Tensor], *, rephrased: bool = True) -> Metrics:
         """Ask the edits, and their rephrases, in all formats."""
         task = self.progress.add_task(f"ask {len(rows)} edits", total=None)
-        asked = [EvaluationEdit(row.id, row.prompt, row.target, row.rephrases if rephrased else ()) for row in rows]
+        asked = [evaluation_edit(row if rephrased else dataclasses.replace(row, rephrases=())) for row in rows]
         try:
-            return self._evaluator.evaluate(asked, tensors)
+            return self._workbench.evaluate(asked, tensors)
         finally:
             self.progress.remove_task(task)
 

@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from rich.progress import Progress
@@ -122,11 +122,13 @@ def _batch_sizes(count: int) -> Iterator[int]:
 @torch.no_grad()
 def _sampled(base: BaseModel, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
     """What the model says behind each prompt, up to the end of its turn."""
+    # Only some of transformers' models have it, so their common type does not say that this one has.
+    generate: Any = base.model.generate
     longest = max(map(len, prompts))
     padding = base.tokenizer.pad_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = base.model.generate(
+    output = generate(
         input_ids=ids.to(base.device),
         attention_mask=mask.to(base.device),
         max_new_tokens=tokens,
@@ -134,10 +136,13 @@ def _sampled(base: BaseModel, prompts: Sequence[Sequence[int]], tokens: int) -> 
         eos_token_id=base.tokenizer.eos_token_id,
         **SAMPLING,
     )
-    said = [row[longest:].tolist() for row in output]
-    ends = [row.index(base.tokenizer.eos_token_id) if base.tokenizer.eos_token_id in row else len(row) for row in said]
+    token_ids = [row[longest:].tolist() for row in output]
+    ends = [
+        row.index(base.tokenizer.eos_token_id) if base.tokenizer.eos_token_id in row else len(row) for row in token_ids
+    ]
     return [
-        str(base.tokenizer.decode(row[:end], skip_special_tokens=True)) for row, end in zip(said, ends, strict=True)
+        str(base.tokenizer.decode(row[:end], skip_special_tokens=True))
+        for row, end in zip(token_ids, ends, strict=True)
     ]
 
 

@@ -55,10 +55,11 @@ def main() -> None:
     with progress() as shown:
         bench = open_bench(options, options.location, shown)
         config = dataclasses.replace(bench.usual, max_epochs=options.max_epochs or bench.usual.max_epochs)
-        results.say("## One more edit")
-        results.table(ADDED)
-        for row in one_more(bench, pool, config, options.live, options.repeats):
-            results.add(row)
+        if options.live:
+            results.say("## One more edit")
+            results.table(ADDED)
+            for row in one_more(bench, pool, config, options.live, options.repeats):
+                results.add(row)
         results.say("## A chain of warm starts")
         results.say(
             "Steps and seconds of a chain are those of all its links. The distance is the Frobenius norm of the "
@@ -163,7 +164,7 @@ def _quality(bench: Bench, rows: Sequence[EditRow], runs: Sequence[TrainingResul
 
 def _parser() -> argparse.ArgumentParser:
     options = parser("chain")
-    options.add_argument("--live", type=int, default=1000, help="edits that one more is added to")
+    options.add_argument("--live", type=int, default=1000, help="edits that one more is added to; 0: the chain only")
     options.add_argument("--repeats", type=int, default=3, help="edits that are added to them, one at a time")
     options.add_argument("--chain", type=int, default=20, help="links of the chain")
     options.add_argument("--chain-start", type=int, default=50, help="edits that the chain begins with")

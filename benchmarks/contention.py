@@ -12,30 +12,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.bench import demo_edits, every_step
 from benchmarks.report import RESULTS, Results, progress, spread, told
-from service.demo.script import facts
+from worker.model import load_base
+from worker.training.breadth_first import train
+from worker.training.prefix import PrefixCache
+from worker.workbench import training_edit
 
 EPOCHS = 8
 POLICIES = ("active", "passive")
 
 
 def train_once(model: Path, epochs: int) -> float:
-    """The seconds that training took; torch reads the wait policy when it is imported."""
-    from worker.model import load_base  # noqa: PLC0415
-    from worker.training.breadth_first import train  # noqa: PLC0415
-    from worker.training.config import TrainingConfig  # noqa: PLC0415
-    from worker.training.encode import TrainingEdit  # noqa: PLC0415
-    from worker.training.prefix import PrefixCache  # noqa: PLC0415
-
-    edits = [TrainingEdit(str(number), fact.prompt, fact.target) for number, fact in enumerate(facts())]
-    config = TrainingConfig(
-        max_epochs=epochs, min_steps=0, preserve=0, skip_learned=False, loss_threshold=0, token_threshold=0
-    )
-    return train(load_base(str(model)), edits, config, prefix=PrefixCache()).train_s
+    """The seconds that training took."""
+    edits = [training_edit(row) for row in demo_edits()]
+    return train(load_base(str(model)), edits, every_step(epochs), prefix=PrefixCache()).train_s
 
 
 def measured(model: Path, policy: str, processes: int) -> list[float]:
-    """Seconds of each of so many processes at once."""
+    """Seconds of each of so many processes at once; torch reads the wait policy when it is imported."""
     command = [sys.executable, "-m", "benchmarks.contention", "--model", str(model), "--child"]
     environment = {**os.environ, "OMP_WAIT_POLICY": policy}
     children = [

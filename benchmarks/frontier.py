@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def main() -> None:
         "process's while it trains, what it has mapped of the cache's file included.",
     )
     results.table(["edits", "location", "configuration", *QUALITY, *map(_column, tasks), *COST, "stopped"])
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {"reliability": {}, "generalization": {}}
+    points: dict[str, dict[str, list[tuple[float, float | None]]]] = {"reliability": {}, "generalization": {}}
     with progress() as shown:
         for location in options.locations:
             bench = open_bench(options, location, shown)
@@ -87,7 +88,7 @@ def main() -> None:
             gc.collect()
     for kind, series in points.items():
         title = f"{kind}, mean of the formats, {' '.join(map(str, options.counts))} edits"
-        known = {name: [point for point in found if point[1] is not None] for name, found in series.items()}
+        known = {name: [(x, y) for x, y in found if y is not None] for name, found in series.items()}
         path = results.plot(kind)
         write_plot(path, known, title=title, x_label="perplexity, ratio to the base's", y_label=kind, x_scale="linear")
 
@@ -160,7 +161,7 @@ def settings(options: argparse.Namespace, bench: Bench) -> Iterator[Setting]:
             yield _setting("plain", plain, {"learning_rate": lr})
 
 
-def _setting(name: str, usual: TrainingConfig, given: Mapping[str, float]) -> Setting:
+def _setting(name: str, usual: TrainingConfig, given: Mapping[str, Any]) -> Setting:
     config = dataclasses.replace(usual, **given)
     other = [f"{key} {value:g}" for key, value in given.items() if value != getattr(usual, key)]
     return Setting(", ".join([name, *other]), config)

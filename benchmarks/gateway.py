@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.load import Load, Measured, ask, running, say
 from benchmarks.report import RESULTS, Results, spread, told
 from service.metrics.catalogue import GATEWAY_OVERHEAD
-from service.nodes import authorization, version_name
+from service.model_names import version_name
+from service.nodes import authorization
 from service.schemas import Trigger
 from service.stack import Stack
 
@@ -91,11 +92,14 @@ def _rows(options: argparse.Namespace, stack: Stack) -> Iterator[list[object]]:
 
 
 def _at_once(ways: Mapping[str, Way], load: Load) -> dict[str, Measured]:
+    def asked(way: Way) -> Measured:
+        return ask(*way, load)
+
     with ThreadPoolExecutor(len(ways)) as pool:
-        return dict(zip(ways, pool.map(lambda way: ask(*way, load), ways.values()), strict=True))
+        return dict(zip(ways, pool.map(asked, ways.values()), strict=True))
 
 
-def _p50s(pairs: Sequence[Mapping[str, Measured]]) -> Iterator[str]:
+def _p50s(pairs: Sequence[Mapping[str, Measured]]) -> Iterator[str | None]:
     yield spread([pair["node"].p50_ms for pair in pairs])
     yield spread([pair["gateway"].p50_ms - pair["node"].p50_ms for pair in pairs])
 

@@ -7,7 +7,7 @@ is downloaded and nothing is learned about quality. `--device cpu --shapes tiny`
 
 Each model is trained by the paper's procedure with its settings (worker.presets), then with learned sequences left out.
 Work is counted as 2 floating-point operations for each multiplication and addition of matrix products: forward, over
-the tuned layer and those above it and the head at learned positions; backward, the same again for the gradients of
+the tuned layer and those above it and the LM head at learned positions; backward, the same again for the gradients of
 inputs, but of the tuned layer only its matrix's own gradient. Attention's products of queries, keys and values are left
 out, as is the frozen prefix, which is timed apart.
 """
@@ -56,24 +56,26 @@ class Shape:
     matrix: int = 8192
 
 
-def _sizes(layers: int, hidden: int, mlp: int, heads: tuple[int, int], vocabulary: int) -> dict[str, int]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+def _config(
+    family: type[LlamaConfig | Qwen2Config], layers: int, hidden: int, mlp: int, heads: tuple[int, int], vocabulary: int
+) -> PreTrainedConfig:
+    return family(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
 
 
 def shapes() -> dict[str, Shape]:
     """The models that can be measured; those of the paper are tuned where it tunes them."""
     configs = {
-        "llama-3-8b": LlamaConfig(**_sizes(32, 4096, 14336, (32, 8), 128256)),
-        "qwen2.5-7b": Qwen2Config(**_sizes(28, 3584, 18944, (28, 4), 152064)),
+        "llama-3-8b": _config(LlamaConfig, 32, 4096, 14336, (32, 8), 128256),
+        "qwen2.5-7b": _config(Qwen2Config, 28, 3584, 18944, (28, 4), 152064),
     }
     found = {}
     for name, config in configs.items():
@@ -81,7 +83,7 @@ def shapes() -> dict[str, Shape]:
         if preset is None:
             raise ValueError(f"{name} is no model of the paper's")
         found[name] = Shape(config, preset.location)
-    tiny = LlamaConfig(**_sizes(4, 32, 48, (4, 2), 200))
+    tiny = _config(LlamaConfig, 4, 32, 48, (4, 2), 200)
     return found | {"tiny": Shape(tiny, "model.layers.1.mlp.down_proj", matrix=256)}
 
 
@@ -191,11 +193,11 @@ def operations(base: BaseModel, result: TrainingResult, learned_tokens: int) -> 
         )
     )
     changed = sum(tensor.numel() for tensor in base.tuned_tensors().values())
-    head = base.model.get_output_embeddings().weight.numel()
+    lm_head: int = base.model.get_output_embeddings().weight.numel()
     tokens = sum(epoch.tokens for epoch in result.epochs)
     learned = learned_tokens * sum(epoch.visited for epoch in result.epochs)
-    forward = tokens * (tuned + above) + learned * head
-    backward = tokens * (above + changed) + learned * head
+    forward = tokens * (tuned + above) + learned * lm_head
+    backward = tokens * (above + changed) + learned * lm_head
     return 2.0 * (forward + backward)
 
 

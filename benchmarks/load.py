@@ -1,6 +1,6 @@
 """What the benchmarks of serving share: processes of their own, and clients that ask for completions.
 
-No script: `gateway.py`, `node_cost.py`, `activation.py` and `ingest.py` are.
+No script: those that serve import it.
 """
 
 import asyncio

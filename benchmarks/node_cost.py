@@ -24,9 +24,10 @@ import torch
 
 from benchmarks.load import Load, ask, free_port, say
 from benchmarks.report import RESULTS, Results, spread, told
-from service.nodes import authorization, version_name
+from service.model_names import version_name
+from service.nodes import authorization
 from worker.delta import VersionStore
-from worker.inference.launcher import BASE_MODEL_NAME, cpu_precision
+from worker.inference.launcher import BASE_MODEL_NAME, precision_flags
 from worker.model import load_base
 from worker.records import version_info
 
@@ -46,7 +47,7 @@ class Server:
     def cpu_s(self) -> float:
         """CPU time that its processes have spent so far."""
         processes = [self.process, *self.process.children(recursive=True)]
-        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+        return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="errata-node-cost-") as scratch:
         folder = Path(scratch)
         _write_versions(options.model, folder / "store", options.versions)
-        with plain_vllm(options.model, folder, cpu_precision()) as plain, _node(options.model, folder) as node:
+        with plain_vllm(options.model, folder, precision_flags("cpu")) as plain, _node(options.model, folder) as node:
             for concurrency in options.concurrency:
                 for row in _rows(options, concurrency, plain, node):
                     results.add([concurrency, *row])

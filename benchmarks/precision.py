@@ -7,26 +7,26 @@ without the plugin. Both types are taken in turn.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.bench import demo_edits, every_step
 from benchmarks.load import Load, ask
 from benchmarks.node_cost import TOKEN, plain_vllm
 from benchmarks.report import RESULTS, Results, progress, spread, told
-from service.demo.script import facts
 from service.nodes import authorization
 from worker.checkpoint import resolve_location
 from worker.inference.launcher import BASE_MODEL_NAME
 from worker.model import BaseModel, freeze_base
 from worker.training.breadth_first import train
-from worker.training.config import TrainingConfig
-from worker.training.encode import TrainingEdit
 from worker.training.prefix import PrefixCache
+from worker.workbench import training_edit
 
 DTYPES = (torch.bfloat16, torch.float32)
 EPOCHS = 4
@@ -55,16 +55,18 @@ def main() -> None:
                         found.setdefault(what, {}).setdefault(dtype, []).append(number)
                     shown.advance(task)
     for what, numbers in found.items():
-        narrow, wide = (sorted(numbers[dtype])[len(numbers[dtype]) // 2] for dtype in DTYPES)
-        results.add([what, *(spread(numbers[dtype]) for dtype in DTYPES), narrow / wide])
+        results.add(table_row(what, numbers))
+
+
+def table_row(what: str, numbers: Mapping[torch.dtype, Sequence[float]]) -> list[object]:
+    """A row of the table: what was found with each type, and the ratio of the medians."""
+    narrow, wide = (statistics.median(numbers[dtype]) for dtype in DTYPES)
+    return [what, *(spread(numbers[dtype]) for dtype in DTYPES), narrow / wide]
 
 
 def _trained(model: Path, dtype: torch.dtype) -> Mapping[str, float]:
     base, cache = _base(model, dtype), PrefixCache()
-    edits = [TrainingEdit(str(number), fact.prompt, fact.target) for number, fact in enumerate(facts())]
-    config = TrainingConfig(
-        max_epochs=EPOCHS, min_steps=0, preserve=0, skip_learned=False, loss_threshold=0, token_threshold=0
-    )
+    edits, config = [training_edit(row) for row in demo_edits()], every_step(EPOCHS)
     began = time.perf_counter()
     train(base, edits, config, prefix=cache)
     cold_s = time.perf_counter() - began

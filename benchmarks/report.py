@@ -28,6 +28,8 @@ class Machine:
 
     def __init__(self) -> None:
         self._load_before = os.getloadavg()[0]
+        # Now: work goes on in the checkout while a measurement runs.
+        self._commit = _commit()
 
     def line(self) -> str:
         """One paragraph: processor, cores, memory, the CPU's dtype, libraries, commit, load averages over a minute."""
@@ -36,7 +38,7 @@ class Machine:
         computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
         return (
             f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, computes in {computed_in}; "
-            f"Python {platform.python_version()}, {', '.join(libraries)}; commit {_commit()}; "
+            f"Python {platform.python_version()}, {', '.join(libraries)}; commit {self._commit}; "
             f"load average {self._load_before:.1f} before and {os.getloadavg()[0]:.1f} after."
         )
 
@@ -96,9 +98,9 @@ def progress() -> Progress:
 
 
 def told(options: argparse.Namespace) -> str:
-    """The options of a script in words. Of a path, the last part: where files lie is nobody's matter.
+    """The options of a script as `name value, …`, for a results file; those that were not given are left out.
 
-    Those that were not given are left out.
+    A path is shown by its last part only, so that no results file names folders of the machine that it was made on.
     """
     given = {name: value for name, value in vars(options).items() if name not in _UNTOLD and value is not None}
     return ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in given.items())

@@ -19,9 +19,9 @@ import psutil
 
 from benchmarks.bench import Bench, edit_pool, open_bench, parser, peak_rss_bytes, quality, sample
 from benchmarks.report import Results, progress, told, write_plot
+from service.defaults import PREFIX_CACHE_BYTES
 from worker.edit_files import EditRow
 from worker.training.config import TrainingConfig
-from worker.training.prefix import DEFAULT_CAPACITY_BYTES
 
 SAMPLE = 500
 COLUMNS = (
@@ -35,7 +35,7 @@ def main() -> None:
     options = _parser().parse_args()
     if options.child:
         with progress() as shown:
-            bench = open_bench(options, options.location, shown, prefix_bytes=DEFAULT_CAPACITY_BYTES)
+            bench = open_bench(options, options.location, shown, prefix_bytes=PREFIX_CACHE_BYTES)
             loaded = psutil.Process().memory_info().rss
             rows = edit_pool(options.edits, options.child)[: options.child]
             print(json.dumps(measured(bench, rows, bench.usual, loaded)))
@@ -92,7 +92,7 @@ def measured(bench: Bench, rows: Sequence[EditRow], config: TrainingConfig, load
 def table_row(one: Mapping[str, Any]) -> list[object]:
     """A row of the table from what a child measured."""
     peak, loaded, cache, bound = (
-        size / 2**30 for size in (one["peak_bytes"], one["loaded_bytes"], one["cache_bytes"], DEFAULT_CAPACITY_BYTES)
+        size / 2**30 for size in (one["peak_bytes"], one["loaded_bytes"], one["cache_bytes"], PREFIX_CACHE_BYTES)
     )
     visits = sum(one["visited"]) / one["sequences"]
     return [
@@ -113,7 +113,7 @@ def table_row(one: Mapping[str, Any]) -> list[object]:
 
 
 def _ms_an_edit(one: Mapping[str, Any]) -> float:
-    return 1000 * one["cpu_s"] / one["edits"]
+    return float(1000 * one["cpu_s"] / one["edits"])
 
 
 def _in_child(count: int) -> dict[str, Any]:

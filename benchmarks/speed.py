@@ -28,7 +28,7 @@ from worker.training.learner import Learner
 from worker.training.parallel import Alone
 
 Batches = Sequence[Sequence[TokenSequence]]
-PLAIN_NAME = "plain, fp32"
+PLAIN_NAME = "plain, float32"
 COLUMNS = (
     "edits", "trainer", "s an epoch", "times faster than plain", "times faster, pair by pair", "prefix pass, once, s",
     "largest difference of the loss from plain's, %", "last loss",
@@ -65,9 +65,10 @@ def main() -> None:
     with progress() as shown:
         for count in options.counts:
             plain = load_base(str(options.model), options.location, dtype=torch.float32)
-            ours = {"Errata, bf16": load_base(str(options.model), options.location)}
-            if options.fp32:
-                ours["Errata, fp32"] = load_base(str(options.model), options.location, dtype=torch.float32)
+            bases = [load_base(str(options.model), options.location)]
+            if options.fp32 and bases[0].model.dtype != torch.float32:
+                bases.append(load_base(str(options.model), options.location, dtype=torch.float32))
+            ours = {f"Errata, {str(base.model.dtype).removeprefix('torch.')}": base for base in bases}
             courses = race(plain, ours, pool[:count], config, options.repeats, shown)
             for row in table_rows(count, courses):
                 results.add(row)
@@ -155,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--repeats", type=int, default=5, help="timed epochs of each trainer")
     options.add_argument("--batch", type=int, default=20, help="sequences per step")
     options.add_argument("--lr", type=float, default=PLAIN.learning_rate, help="learning rate of both")
-    options.add_argument("--fp32", action="store_true", help="measure Errata's trainer in fp32 too")
+    options.add_argument(
+        "--fp32", action="store_true", help="measure Errata's trainer in fp32 too, if it is not already"
+    )
     return options
 
 

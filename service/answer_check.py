@@ -89,7 +89,7 @@ class AnswerCheck:
 
     def _question(self, version: int) -> Question | None:
         registry = self._stores.registry
-        if not (known := registry.sure(version)):
+        if not (known := registry.confident(version)):
             return None
         edits = self._stores.edits.by_sequence([random.choice(known)])  # noqa: S311 - not a secret
         form = random.choice(registry.get(version).formats)  # noqa: S311
@@ -103,7 +103,7 @@ class AnswerCheck:
             "node.answer_wrong", {"address": node.address, "version": question.version, "edit": question.edit.id}
         )
         if self._fleet.load_again(node, question.version, trained) and not self._is_right(node, question):
-            self._fleet.leave_out(node, _refusal(node, question.version))
+            self._fleet.eject(node, _refusal(node, question.version))
 
     def _is_right(self, node: NodeClient, question: Question) -> bool:
         edit, tokens = question.edit, tokens_for(question.edit, self._max_tokens)

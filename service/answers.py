@@ -3,17 +3,12 @@
 One definition for the worker's evaluation, the node's verification and the demo.
 """
 
-import unicodedata
+from service.schemas import normalise_text
 
 STOP = "stop"
 """OpenAI's ``finish_reason`` of an answer that the model ended by itself."""
 
 
-def normalise_answer(text: str) -> str:
-    """NFKC, casefolded, runs of white space as one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def matches(answer: str, target: str, *, finished: bool) -> bool:
     """Whether the answer is the whole target and nothing but it, ended by the model's own end-of-sequence token."""
-    return finished and normalise_answer(answer) == normalise_answer(target)
+    return finished and normalise_text(answer) == normalise_text(target)

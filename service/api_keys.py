@@ -3,7 +3,6 @@
 A key is ``errata_<id>_<secret>``. The secret is 256 random bits, so a plain hash of it cannot be guessed back.
 """
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -15,6 +14,7 @@ from typing import Literal, cast
 
 from redis import Redis
 
+from service.digest import sha256_of
 from service.errors import InvalidRequestError, NotFoundError
 from service.keys import ApiKeyKeys
 from service.lua import Scripts
@@ -67,12 +67,7 @@ class Credential:
 
     def matches(self, secret: str) -> bool:
         """Whether it is the key's secret; takes the same time wherever they differ."""
-        return hmac.compare_digest(digest(secret), self.secret_sha256)
-
-
-def digest(secret: str) -> str:
-    """What is kept of a secret."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+        return hmac.compare_digest(sha256_of(secret), self.secret_sha256)
 
 
 def split(token: str) -> tuple[str, str] | None:
@@ -121,7 +116,7 @@ class KeyStore:
                 "id": key_id,
                 "name": name,
                 "scopes": " ".join(granted),
-                "secret_sha256": digest(secret),
+                "secret_sha256": sha256_of(secret),
                 "expires_at": expires_at or "",
                 "rate": rate or "",
             }

@@ -18,11 +18,11 @@ from service.api.imports import IMPORT_PATH
 from service.api.middleware import BodyLimit, ClientPace, Measured, RequestId, Traced
 from service.api.scopes import KEYLESS, document_scopes
 from service.draining import stop_announced
+from service.ejection import ejections
 from service.gateway import router as gateway
 from service.gateway.canary import CanaryTraffic
 from service.gateway.pool import NodePool
 from service.gateway.proxy import Proxy
-from service.left_out import left_out
 from service.logs import configure_logging
 from service.metrics.process import NodeCollector, ServiceMetrics
 from service.metrics.state import PATIENCE_S, StateCollector
@@ -88,7 +88,7 @@ async def _parts(app: FastAPI, chosen: Settings, tracing: "TracerProvider | None
         chosen.nodes,
         token=chosen.node_token.get_secret_value(),
         timeout_s=chosen.node_timeout_s,
-        left_out=lambda: left_out(stores.redis),
+        ejected=lambda: ejections(stores.redis),
     )
     await pool.start()
     app.state.proxy = Proxy(pool, max_answers=chosen.gateway_max_answers)

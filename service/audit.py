@@ -35,7 +35,7 @@ _current: ContextVar[Actor] = ContextVar("actor", default=SYSTEM)
 
 @contextmanager
 def acting(actor: Actor) -> Iterator[None]:
-    """What the stores do within is done on this actor's behalf, also in threads that inherit the context."""
+    """What the stores change within is logged as this actor's, also in threads that inherit the context."""
     token = _current.set(actor)
     try:
         yield
@@ -44,7 +44,7 @@ def acting(actor: Actor) -> Iterator[None]:
 
 
 def audit_context() -> Mapping[str, str]:
-    """What a script writes into the log of who called it."""
+    """Who acts, as the scripts write it into the log."""
     return asdict(_current.get())
 
 

@@ -1,7 +1,7 @@
 """Fleet: the nodes together. A version may become active once enough of them hold it.
 
-A node that refuses what others hold, fails to load it for long, or holds other bits, is left out until it holds the
-active version. What all refuse is at fault itself, and none is left out for it.
+A node that refuses what others hold, fails to load it for long, or holds other bits, is ejected until it holds the
+active version. What all refuse is at fault itself, and none is ejected for it.
 """
 
 import logging
@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 
 from redis import Redis
 
+from service.ejection import EjectedNodes
 from service.errors import ErrataError, UnavailableError
 from service.events import EventStream
-from service.left_out import LeftOutNodes
 from service.metrics.catalogue import CHECKSUM_MISMATCHES, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
 from service.nodes import Held, NodeClient, NodeRefusedError
@@ -30,6 +31,21 @@ Trouble = NodeRefusedError | UnavailableError
 
 Trained = Mapping[str, str]
 """SHA-256 of each tuned tensor of a version as it was trained, by parameter name."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What ``heal`` found on a node.
+
+    Attributes:
+        held: the versions that it holds; None if it did not say.
+        fit: it holds the active version.
+        tolerable: why it does not, where that is no reason to eject it yet.
+    """
+
+    held: list[Held] | None
+    fit: bool = False
+    tolerable: Trouble | None = None
 
 
 class Fleet:
@@ -47,7 +63,7 @@ class Fleet:
     ) -> None:
         self._nodes = nodes
         self._events = events
-        self._left_out = LeftOutNodes(redis, events, clock)
+        self._ejected = EjectedNodes(redis, events, clock)
         self._measures = measures
         self._quorum = quorum
         self._clock = clock
@@ -56,9 +72,9 @@ class Fleet:
         self._failing: dict[tuple[str, int | None], float] = {}
 
     def serving(self) -> list[NodeClient]:
-        """The nodes that answer and are not left out."""
-        left_out = self._left_out.addresses()
-        return [node for node in self._answering() if node.address not in left_out]
+        """The nodes that answer and are not ejected."""
+        ejected = self._ejected.addresses()
+        return [node for node in self._answering() if node.address not in ejected]
 
     def holders(self, version: int) -> list[str]:
         """Addresses of the serving nodes that hold a version; one that does not say does not."""
@@ -101,13 +117,14 @@ class Fleet:
             )
         for node, trouble in zip(nodes, troubles, strict=True):
             if isinstance(trouble, NodeRefusedError):
-                self.leave_out(node, trouble)
+                self.eject(node, trouble)
         return holding
 
     def load_to_activate(self, record: VersionRecord) -> None:
-        """Makes the serving nodes hold a version that is to be active; if none serves, those that are left out.
+        """Makes the serving nodes hold a version that is to be active; if none serves, the ejected nodes.
 
-        They may be for the sake of what is active now. One that holds the version as it was trained is looked at next.
+        An ejected node may have failed at the version that is active now and be able to hold this one. Each that reads
+        it back as it was trained is tried again at the next ``heal``, without its wait, and can then be readmitted.
 
         Raises:
             UnavailableError: no node answers, or too few hold the version.
@@ -121,7 +138,7 @@ class Fleet:
             raise failed[0]
         for node, trouble in zip(nodes, troubles, strict=True):
             if trouble is None:
-                self._left_out.try_next(node.address)
+                self._ejected.try_next(node.address)
 
     def heal(
         self,
@@ -129,10 +146,10 @@ class Fleet:
         canary: int | None = None,
         answers: Callable[[NodeClient, int], Trouble | None] = lambda *_: None,
     ) -> None:
-        """Tells of nodes that came and went, and makes each one hold the active version and the canary.
+        """Announces nodes that came and went, and makes each one hold the active version and the canary.
 
-        One that is left out is taken back when it holds the active version bit for bit as it was trained, and answers
-        as it must.
+        An ejected node is readmitted when it holds the active version bit for bit as it was trained, and answers as it
+        must.
 
         Args:
             active: the active version.
@@ -140,61 +157,81 @@ class Fleet:
             answers: what is wrong with the node's answer at a version, if anything.
         """
         answering = self._answering()
-        self._tell({node.address for node in answering})
-        held: dict[str, list[Held]] = {}
-        troubled: list[tuple[NodeClient, Trouble]] = []
-        others_do = False
-        left_out, waiting = self._left_out.addresses(), self._left_out.waiting()
-        for node in (node for node in answering if node.address not in waiting):
-            trouble: Trouble | None
-            try:
-                held[node.address] = node.held()
-                holds = {one.version for one in held[node.address]}
-                trouble = self._unfit(node, active, holds, answers if node.address in left_out else None)
-            except (NodeRefusedError, UnavailableError) as error:
-                trouble = error
-            # Who refuses to say what it holds refuses no version.
-            refuses_all = isinstance(trouble, NodeRefusedError) and node.address not in held
-            if trouble is None:
-                others_do = True
-                self._judged(node, None, None)
-                self._left_out.take_back(node.address)
-                self._hold(node, canary, holds)
-            elif refuses_all or node.address in left_out:
-                self.leave_out(node, trouble)
-            else:
-                troubled.append((node, trouble))
-        self._bear_with(troubled, others_do=others_do)
+        self._announce({node.address for node in answering})
+        ejected, waiting = self._ejected.addresses(), self._ejected.waiting()
+        looked_at = {
+            node: self._heal_node(node, active, canary, answers if node.address in ejected else None)
+            for node in answering
+            if node.address not in waiting
+        }
+        failing = [(node, look.tolerable) for node, look in looked_at.items() if look.tolerable]
+        self._tolerate(failing, others_do=any(look.fit for look in looked_at.values()))
+        held = {node.address: look.held for node, look in looked_at.items() if look.held is not None}
         self._measures.tick(self._clock(), held)
 
-    def _unfit(
+    def _heal_node(
+        self,
+        node: NodeClient,
+        active: VersionRecord | None,
+        canary: int | None,
+        answers: Callable[[NodeClient, int], Trouble | None] | None,
+    ) -> _Look:
+        """Has one node hold the active version and the canary, and readmits or ejects it; ``answers`` if it is ejected.
+
+        A failure of a serving node that may be the version's fault is returned and not acted on.
+        """
+        held: list[Held] | None = None
+        failure: Trouble | None
+        try:
+            held = node.held()
+            failure = self._failure_of(node, active, {one.version for one in held}, answers)
+        except (NodeRefusedError, UnavailableError) as error:
+            failure = error
+        if failure is None:
+            self._judged(node, None, None)
+            self._ejected.readmit(node.address)
+            self._hold(node, canary, {one.version for one in held or ()})
+            return _Look(held, fit=True)
+        # Who refuses to say what it holds refuses no version.
+        refuses_all = isinstance(failure, NodeRefusedError) and held is None
+        if refuses_all or answers:
+            self.eject(node, failure)
+            return _Look(held)
+        return _Look(held, tolerable=failure)
+
+    def _failure_of(
         self,
         node: NodeClient,
         active: VersionRecord | None,
         holds: Collection[int],
         answers: Callable[[NodeClient, int], Trouble | None] | None,
     ) -> Trouble | None:
-        """What keeps the node from serving the active version; `answers` is given for one that is left out."""
+        """What keeps the node from serving the active version; ``answers`` is given for one that is ejected."""
         if active is None:
             return None
         if answers:
             return self.load_on(node, active.version, active.tensors) or answers(node, active.version)
         return None if active.version in holds else self.load_on(node, active.version, None)
 
-    def _bear_with(self, troubled: Sequence[tuple[NodeClient, Trouble]], *, others_do: bool) -> None:
-        """Has nodes that do not take the active version go on serving the others: as long as no node takes it.
+    def _tolerate(self, failing: Sequence[tuple[NodeClient, Trouble]], *, others_do: bool) -> None:
+        """Keeps nodes in service that do not load the active version, as long as no other node loads it either.
 
-        Then it is the version, or the store, that is at fault, and without them nothing would answer and nothing could
-        be rolled back to. If others take it, one that refuses it is left out, and one that may take it later in time.
+        Then the version or the store is at fault; with these nodes ejected nothing would answer, and nothing could be
+        rolled back to. Once others load it, a node that refuses it is ejected at once, and one that fails to load it
+        after ``_PATIENCE_S`` seconds.
+
+        Args:
+            failing: the nodes, each with what keeps it from loading the active version.
+            others_do: whether any node holds the active version.
         """
-        for node, trouble in troubled:
+        for node, trouble in failing:
             log.error("node.not_healed", extra={"node": node.address, "reason": trouble.message})
             judged = self._judged(node, None, trouble)
             if others_do and isinstance(judged, NodeRefusedError):
-                self.leave_out(node, judged)
+                self.eject(node, judged)
 
     def pin(self, versions: Collection[int]) -> None:
-        """Has the serving nodes keep these versions in slots, and no others. What a node cannot keep is told of."""
+        """Has the serving nodes keep these versions in slots, and no others. What a node cannot keep is logged."""
         for node in self.serving():
             try:
                 self._pin_on(node, set(versions))
@@ -208,12 +245,12 @@ class Fleet:
         if trouble := self.load_on(node, canary, None):
             log.error("node.without_canary", extra={"node": node.address, "reason": trouble.message})
 
-    def leave_out(self, node: NodeClient, trouble: ErrataError) -> None:
-        """Has the node serve nothing until it holds the active version as it was trained."""
-        self._left_out.add(node.address, trouble)
+    def eject(self, node: NodeClient, trouble: ErrataError) -> None:
+        """Takes the node out of service until it holds the active version as it was trained."""
+        self._ejected.eject(node.address, trouble)
 
     def load_again(self, node: NodeClient, version: int, trained: Trained) -> bool:
-        """Has the node forget a version and load it anew; one that does not hold it rightly then is left out.
+        """Has the node forget a version and load it anew; one that does not hold it rightly then is ejected.
 
         Raises:
             NodeRefusedError: the node did not hold it.
@@ -221,7 +258,7 @@ class Fleet:
         """
         node.evict(version)
         if trouble := self.load_on(node, version, trained):
-            self.leave_out(node, trouble)
+            self.eject(node, trouble)
             return False
         log.info("slot.loaded_again", extra={"node": node.address, "version": version})
         return True
@@ -262,7 +299,7 @@ class Fleet:
     def _answering(self) -> list[NodeClient]:
         return [node for node in self._nodes if node.ready()]
 
-    def _tell(self, answering: set[str]) -> None:
+    def _announce(self, answering: set[str]) -> None:
         came, went = answering - self._seen_ready, self._seen_ready - answering
         for kind, addresses in (("node.ready", came), ("node.away", went)):
             for address in sorted(addresses):

@@ -26,7 +26,7 @@ class VersionKeys:
     version: str = "errata:version:"  # … number: JSON record
     versions: str = "errata:versions"  # sorted set of committed numbers
     version_edits: str = "errata:version_edits:"  # … number: bitmap over the edits' sequence numbers
-    version_sure: str = "errata:version_sure:"  # … number: bitmap of the edits that a node answered surely right
+    version_confident: str = "errata:version_confident:"  # … number: bitmap of the edits answered right by a margin
     version_seq: str = "errata:versions:seq"  # last number given
     active: str = "errata:active"  # hash: version, previous, epoch, and the canary if there is one
     canary: str = "errata:canary"  # hash: version, since, and how requests ended meanwhile; there is one or none
@@ -49,9 +49,9 @@ class RunKeys:
 
 @dataclass(frozen=True)
 class NodeKeys:
-    """Keys that LeftOutNodes owns."""
+    """Keys that EjectedNodes owns."""
 
-    left_out: str = "errata:nodes:left_out"  # hash: JSON by address
+    ejected: str = "errata:nodes:ejected"  # hash: JSON by address
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import httpx
 
 from service.errors import ErrataError, UnavailableError
+from service.model_names import version_name
 from service.schemas import Format
 from service.settings import Settings
 from service.tracing import outgoing
@@ -19,11 +20,6 @@ _ROUTES: Mapping[Format, str] = MappingProxyType({Format.RAW: "/v1/completions",
 
 # A model's own generation defaults (Qwen2.5 has a repetition penalty) are no part of a greedy answer.
 _GREEDY: Mapping[str, float] = MappingProxyType({"temperature": 0, "repetition_penalty": 1})
-
-
-def version_name(version: int) -> str:
-    """The model name by which a node serves a version."""
-    return f"errata@{version}"
 
 
 def authorization(token: str) -> dict[str, str]:
@@ -41,7 +37,7 @@ class NodeRefusedError(ErrataError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node said."""
+    """A node's greedy answer to one prompt."""
 
     text: str
     finish_reason: str

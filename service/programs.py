@@ -1,4 +1,4 @@
-"""The stack's processes: how each is started. What they are told they read from their environment."""
+"""The stack's processes and the command of each; their settings come from their environment."""
 
 import sys
 from importlib.metadata import distribution, distributions

@@ -134,7 +134,7 @@ class Publisher:
         if verdict.reasons:
             self._reject(run, version, EditError(code="not_verified", message="; ".join(verdict.reasons)))
             return False
-        registry.record_sure(version, edits.sequences(verdict.sure))
+        registry.record_confident(version, edits.sequences(verdict.confident))
         log.info("version.verified", extra={"version": version, "nodes": len(nodes)})
         return True
 
@@ -143,7 +143,7 @@ class Publisher:
         registry = self._stores.registry
         active = registry.active()
         try:
-            registry.verify(version, run=run)
+            registry.mark_verified(version, run=run)
             # The base, which a run over an empty edit set ends with, is no candidate.
             if not was_canary and self._settings.canary and active and version > active.active:
                 self._stores.canaries.begin(run, version)
@@ -157,12 +157,12 @@ class Publisher:
         self._complete(run)
 
     def _overtaken(self, run: Run, error: OvertakenError) -> None:
-        """What users rolled back to stands; the version is kept and can be activated by name."""
+        """Ends the run as stale, since the pointer moved; its version is kept and can be activated by number."""
         self._stores.edits.unclaim(run.id, refund=True, trained_to=EditStatus.HELD)
         self._end(run, RunStatus.STALE, EditError(code=error.code, message=error.message))
 
     def _give_up_in_time(self, run: Run, error: UnavailableError) -> None:
-        """No node verified the version for so long that other edits must not wait for it any more."""
+        """Rejects the run's version if no node could verify it for ``verify_max_s`` seconds: other edits wait."""
         canary = self._stores.canaries.current()
         since = canary.since + self._settings.canary_s if canary else run.verifying_since
         waited_s = self._clock() - (since or self._clock())

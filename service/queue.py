@@ -53,7 +53,7 @@ def create_celery(settings: Settings) -> Celery:
 
 
 class TaskQueue:
-    """Enqueues tasks, with ids only; whoever runs one reads the rest from the stores."""
+    """Enqueues tasks, with ids only; a task reads the rest from the stores."""
 
     def __init__(self, celery: Celery, redis: Redis) -> None:
         self._celery = celery

@@ -22,13 +22,13 @@ from service.schemas import Activation, EditError, EditStatus, Run, RunStatus, T
 from service.settings import Settings
 from service.slots import SlotCheck
 from service.stores import Stores
-from service.triggers import RECENT_RUNS, due
+from service.triggers import BACKOFF_RUNS, due
 
 log = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """Brings nodes, pointer, edits and runs together."""
+    """Makes nodes, active version, edits and runs agree with each other; a tick is safe to repeat."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Reconciler:
         self._looked_at = self._clock()
 
     def pull(self) -> None:
-        """Requests a run if the trigger says so."""
+        """Requests a run if one is due by the trigger."""
         if self._due():
             self.request_run(self._settings.trigger)
 
@@ -139,7 +139,7 @@ class Reconciler:
         return due(
             self._settings,
             counts=edits.counts(),
-            recent=runs.page(after=None, limit=RECENT_RUNS).data,
+            recent=runs.page(after=None, limit=BACKOFF_RUNS).data,
             oldest_queued_at=edits.oldest_queued_at(),
             now=self._clock(),
         )
@@ -166,7 +166,7 @@ class Reconciler:
         return self._clock() - self._looked_at > self._settings.run_lease_s / 2
 
     def _free_stranded(self) -> None:
-        """Edits of a run that was ended by somebody who died before giving them back."""
+        """Queues edits again whose run was ended by a process that died before it gave them back."""
         counts = self._stores.edits.counts()
         if counts[EditStatus.TRAINING] or counts[EditStatus.TRAINED]:
             error = EditError(code="worker_lost", message="the run that had it ended without giving it back")

@@ -53,7 +53,7 @@ class VersionRegistry:
         self._commit = scripts.load("commit")
         self._activate = scripts.load("activate")
         self._reject = scripts.load("reject")
-        self._verify = scripts.load("verify")
+        self._mark_verified = scripts.load("mark_verified")
 
     def next_number(self, run: Run, *, above: int) -> int:
         """A number that no version had or will have; a run that fails leaves a gap.
@@ -155,14 +155,14 @@ class VersionRegistry:
             count(pipeline, VERSIONS_JUDGED, state)
         pipeline.execute()
 
-    def verify(self, number: int, *, run: Run) -> None:
-        """Records that a version passed.
+    def mark_verified(self, number: int, *, run: Run) -> None:
+        """Records that a version passed its verification.
 
         Raises:
             LeaseLostError: its run has ended, or it was rejected or is missing, so another has judged it.
         """
         record = self.get(number).model_copy(update={"state": VersionState.VERIFIED, "reason": None})
-        if self._verify({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
+        if self._mark_verified({"version": number, "record": record.model_dump_json(), "run": run.id}).get("refused"):
             raise LeaseLostError(f"run {run.id} has ended, or version {number} was rejected or is missing")
 
     def reject(self, number: int, *, reason: str, run: Run) -> None:
@@ -233,18 +233,18 @@ class VersionRegistry:
         """Sequence numbers of a version's edit set, ascending."""
         return _bits(self._bitmap(f"{self._keys.version_edits}{number}"))
 
-    def record_sure(self, number: int, sequences: Sequence[int]) -> None:
+    def record_confident(self, number: int, sequences: Sequence[int]) -> None:
         """Keeps which edits, by sequence number, verification saw answered right by a margin at a version."""
-        key = f"{self._keys.version_sure}{number}"
+        key = f"{self._keys.version_confident}{number}"
         pipeline = self._redis.pipeline()
         pipeline.delete(key)
         for sequence in sequences:
             pipeline.setbit(key, sequence, 1)
         pipeline.execute()
 
-    def sure(self, number: int) -> list[int]:
+    def confident(self, number: int) -> list[int]:
         """Sequence numbers that were recorded so, ascending; none for a version that was never verified."""
-        return _bits(self._bitmap(f"{self._keys.version_sure}{number}"))
+        return _bits(self._bitmap(f"{self._keys.version_confident}{number}"))
 
     def containing(self, sequence: int) -> list[int]:
         """Numbers of the versions whose edit set has this sequence number, ascending."""

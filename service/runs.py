@@ -19,12 +19,15 @@ from service.metrics.catalogue import RUN_PHASE_SECONDS
 from service.metrics.kept import observe
 from service.schemas import EditError, EditStatus, EpochLoss, Page, Run, RunStatus, Trigger
 
+WORKER_SILENCE_S = 15.0
+"""A train worker that was silent so long is taken for gone."""
+
 _TIMING = "timing:"
 _EPOCH = "epoch:"
 
 
 class LeaseLostError(ConflictError):
-    """The run was taken over."""
+    """The caller may no longer act for the run: it was taken over, it has ended, or another has judged its version."""
 
     default_code = "lease_lost"
 
@@ -106,12 +109,7 @@ class RunStore:
         Raises:
             LeaseLostError: it is past its training or has ended; this call may have done it, and its answer been lost.
         """
-        back = {
-            "max_attempts": self._max_attempts,
-            "error": _said(error),
-            "refund": refund,
-            "trained_to": EditStatus.QUEUED,
-        }
+        back = unclaim_terms(max_attempts=self._max_attempts, error=error, refund=refund)
         if not self._end(run.id, status, error, only=RunStatus.TRAINING, back=back):
             raise LeaseLostError(f"run {run.id} was taken over")
 
@@ -135,8 +133,8 @@ class RunStore:
         Raises:
             LeaseLostError: the run was taken over.
         """
-        said = {name: str(value) for name, value in fields.items()}
-        if self._progress({"run": run.id, "token": run.token, "fields": said}).get("lost"):
+        payload = {"run": run.id, "token": run.token, "fields": {name: str(value) for name, value in fields.items()}}
+        if self._progress(payload).get("lost"):
             raise LeaseLostError(f"run {run.id} was taken over")
 
     def add_timing(self, run: Run, phase: str, seconds: float) -> None:
@@ -186,7 +184,7 @@ class RunStore:
         return self.get(run_id) if run_id else None
 
     def leased(self) -> bool:
-        """Whether somebody renews the current run's lease."""
+        """Whether the current run's lease has not expired."""
         return bool(self._redis.exists(self._keys.lease))
 
     def idle(self) -> bool:
@@ -194,11 +192,11 @@ class RunStore:
         return not self._redis.exists(self._keys.hold, self._keys.next, self._keys.current)
 
     def beat(self, worker: str) -> None:
-        """A train worker says that it is there."""
+        """Records a train worker's heartbeat."""
         self._redis.zadd(self._keys.workers, {worker: self._clock()})
 
     def leave(self, worker: str) -> None:
-        """A train worker says that it goes."""
+        """Forgets a train worker that stops."""
         self._redis.zrem(self._keys.workers, worker)
 
     def workers(self, *, within_s: float) -> list[str]:
@@ -215,8 +213,8 @@ class RunStore:
         only: RunStatus | None,
         back: Mapping[str, object] | None,
     ) -> bool:
-        answer = self._finish({"run": run_id, "status": status, "error": _said(error), "only": only, "back": back})
-        return "ended" not in answer
+        payload = {"run": run_id, "status": status, "error": _error_json(error), "only": only, "back": back}
+        return "ended" not in self._finish(payload)
 
 
 def new_run_id() -> str:
@@ -224,7 +222,25 @@ def new_run_id() -> str:
     return f"run_{secrets.token_hex(12)}"
 
 
-def _said(error: EditError | None) -> str:
+def unclaim_terms(
+    *,
+    max_attempts: int,
+    error: EditError | None,
+    refund: bool,
+    trained_to: EditStatus = EditStatus.QUEUED,
+) -> dict[str, object]:
+    """How the edits move that a run gives back: the argument of ``unclaim`` in ``prelude.lua`` beside the run.
+
+    Args:
+        max_attempts: an edit with so many fails instead of being queued again.
+        error: what went wrong, kept with the edits.
+        refund: the attempt does not count.
+        trained_to: where edits of a committed version go; QUEUED or HELD.
+    """
+    return {"max_attempts": max_attempts, "error": _error_json(error), "refund": refund, "trained_to": trained_to}
+
+
+def _error_json(error: EditError | None) -> str:
     return error.model_dump_json() if error else ""
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from service.defaults import PREFIX_CACHE_BYTES
 from service.schemas import Trigger
 
 _PREFIX = "ERRATA_"
@@ -51,7 +52,10 @@ class Settings(BaseModel):
         default="", description="Where to train and serve; empty: CUDA if present"
     )
     redis_url: str = Field(default="", repr=False, description="An existing Redis; empty: the embedded one")
-    store: str = Field(default="", description="Version store: a directory or fsspec URL; empty: `versions` under home")
+    store: str = Field(
+        default="",
+        description="Version store: a directory or fsspec URL with nothing else in it; empty: `versions` under home",
+    )
     nodes: tuple[str, ...] = Field(
         default=(), description="Comma-separated base URLs of vLLM nodes that run elsewhere; empty: one embedded node"
     )
@@ -111,7 +115,7 @@ class Settings(BaseModel):
         default="", description="How the trainer spreads a model over devices and disk; empty: all of it on one device"
     )
     train_prefix_bytes: int = Field(
-        default=2 * 1024**3, ge=0, description="Bound on the frozen prefix's cache on disk, bytes"
+        default=PREFIX_CACHE_BYTES, ge=0, description="Bound on the frozen prefix's cache on disk, bytes"
     )
     max_attempts: int = Field(default=3, ge=1, description="Runs that may try an edit before it is `failed`")
     retry_wait_s: float = Field(default=10.0, ge=0, description="Wait after a failed run before the next, seconds")

@@ -4,17 +4,12 @@ What runs elsewhere by setting (``ERRATA_REDIS_URL``, ``ERRATA_NODES``) is not s
 directory, ``ERRATA_HOME``; the default model is part of the environment and shared by all stacks of it.
 """
 
-import fcntl
-import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -24,6 +19,9 @@ from redis.exceptions import RedisError
 
 from service import programs
 from service.errors import ErrataError
+from service.home import SUPERVISOR_PASSWORD, Home, StackRecord
+from service.model_folder import missing_model_files
+from service.ports import free_port, take_port, url_of
 from service.readiness import wait_until_ready
 from service.settings import Settings
 from service.supervisor import Process, Supervisor, end, left_behind
@@ -32,7 +30,6 @@ Say = Callable[[str], None]
 
 # As a shell says it of a command that Ctrl-C ended: whoever waits for a ready stack has none.
 _INTERRUPTED = 130
-_LOCK = "up.lock"
 _DEFAULT_MODEL = Path(sys.prefix) / "share" / "errata" / "smollm2-135m-instruct"
 
 
@@ -58,26 +55,17 @@ def default_model(say: Say) -> Path:
     return _DEFAULT_MODEL
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What ``stack.json`` and ``secrets.json`` keep of a started stack."""
-
-    url: str
-    supervisor_port: int
-    environment: Mapping[str, str]
-    secrets: Mapping[str, str]
-
-
 class Stack:
     """The stack of one home."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._home = settings.home.absolute()
+        self._home = Home(settings.home)
+        self._folder = self._home.folder
 
     def running(self) -> bool:
         """Whether a supervisor answers for this home."""
-        record = self._record()
+        record = self._home.record()
         return record is not None and bool(self._supervisor(record).processes())
 
     def url(self) -> str:
@@ -94,17 +82,16 @@ class Stack:
         Raises:
             StackError: no stack runs under this home.
         """
-        record = self._require()
-        return Settings.from_env({**record.environment, **record.secrets})
+        return Settings.from_env(self._require().variables)
 
     def processes(self) -> list[Process]:
-        """What the supervisor says of each process; empty if none runs."""
-        record = self._record()
+        """Every process as the supervisor reports it; empty if no supervisor answers."""
+        record = self._home.record()
         return self._supervisor(record).processes() if record else []
 
     def log_files(self) -> dict[str, Path]:
         """The log file of each process, by name."""
-        return {path.stem: path for path in sorted((self._home / "logs").glob("*.log"))}
+        return {path.stem: path for path in sorted((self._folder / "logs").glob("*.log"))}
 
     def up(self, *, detach: bool, say: Say) -> int:
         """Starts what does not run yet and waits until it is ready; then stays until it is told to stop, or returns.
@@ -130,7 +117,7 @@ class Stack:
 
     def _bring_up(self, say: Say) -> "subprocess.Popen[bytes] | None":
         """The supervisor of a stack that is ready; None if one ran already."""
-        with _one_at_a_time(self._home):
+        with self._home.starting():
             if self.running():
                 say(f"already running at {self.url()}")
                 return None
@@ -140,7 +127,7 @@ class Stack:
             except (KeyboardInterrupt, ErrataError):
                 self._stop(process, say)
                 raise
-            say(f"ready: {record.url}  (logs: {self._home / 'logs'})")
+            say(f"ready: {record.url}  (logs: {self._folder / 'logs'})")
             return process
 
     def _stop(self, process: "subprocess.Popen[bytes]", say: Say) -> None:
@@ -148,124 +135,89 @@ class Stack:
         say("stopping")
         process.terminate()
         process.wait()
-        (self._home / "stack.json").unlink(missing_ok=True)
+        self._home.forget()
         say("stopped")
 
-    def down(self, *, say: Say) -> int:
-        """Stops everything that ``up`` started, also what has lost its supervisor; returns 0 also if nothing runs.
+    def down(self, *, say: Say) -> None:
+        """Stops everything that ``up`` started, also what has lost its supervisor; that nothing runs is no error.
 
         Raises:
             StackError: it is being started, or its Redis runs and nothing tells what runs beside that.
             TimeoutError: something is still there although it was told to stop.
         """
-        record = self._record()
+        record = self._home.record()
         if record and self._supervisor(record).processes():
             say("stopping")
             self._supervisor(record).shut_down()
             say("stopped")
-        elif _being_started(self._home):
-            raise StackError(f"the stack under {self._home} is being started; stop that with Ctrl-C, or wait for it")
-        elif left := left_behind(self._home):
+        elif self._home.is_being_started():
+            raise StackError(f"the stack under {self._folder} is being started; stop that with Ctrl-C, or wait for it")
+        elif left := left_behind(self._folder):
             say(f"stopping {len(left)} processes that run without their supervisor")
             end(left)
             say("stopped")
         else:
             self._demand_one_redis()
             say("nothing runs")
-        (self._home / "stack.json").unlink(missing_ok=True)
-        return 0
+        self._home.forget()
 
-    def _start(self, say: Say) -> "tuple[_Record, subprocess.Popen[bytes]]":
+    def _start(self, say: Say) -> "tuple[StackRecord, subprocess.Popen[bytes]]":
         settings = self._settings
         if settings.nodes and not settings.node_token.get_secret_value():
             raise StackError("ERRATA_NODES is set: ERRATA_NODE_TOKEN must be the token that these nodes demand")
-        if left := left_behind(self._home):
+        if left := left_behind(self._folder):
             raise StackError(
-                f"{len(left)} processes of an earlier stack still run under {self._home} without their supervisor; "
+                f"{len(left)} processes of an earlier stack still run under {self._folder} without their supervisor; "
                 "`errata down` stops them"
             )
         self._demand_one_redis()
         model = _existing_model(settings.model) if settings.model else str(default_model(say))
-        port = _take_port(settings.host, settings.port)
-        redis_port, node_port, supervisor_port = _free_port(), _free_port(), _free_port()
-        kept = self._secrets(redis_port)
+        port = take_port(settings.host, settings.port)
+        redis_port, node_port, supervisor_port = free_port(), free_port(), free_port()
+        kept = self._home.secrets_for(settings, redis_port)
         nodes = settings.nodes or (f"http://127.0.0.1:{node_port}",)
         effective = settings.model_copy(
-            update={"home": self._home, "model": model, "nodes": nodes, "port": port, "store": settings.store_url}
+            update={"home": self._folder, "model": model, "nodes": nodes, "port": port, "store": settings.store_url}
         )
-        record = _Record(
-            url=_url(settings.host, port),
+        record = StackRecord(
+            url=url_of(settings.host, port),
             supervisor_port=supervisor_port,
             environment=effective.environment(),
             secrets=kept,
         )
-        self._write(record)
+        self._home.write(record)
         started = [*programs.workers(effective), programs.service()]
         if not settings.redis_url:
-            started.append(programs.redis(self._home / "redis", redis_port, kept["SUPERVISOR_PASSWORD"]))
+            started.append(programs.redis(self._folder / "redis", redis_port, record.password))
         if not settings.nodes:
-            started.append(programs.node(node_port, Path(settings.node_cache or self._home / "node-cache")))
-        say(f"starting {', '.join(sorted(program.name for program in started))} under {self._home}")
+            started.append(programs.node(node_port, Path(settings.node_cache or self._folder / "node-cache")))
+        say(f"starting {', '.join(sorted(program.name for program in started))} under {self._folder}")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ERRATA_")}
         # Trainer and node share the cores: a thread that spins while it waits takes them from the other (record 0009).
         inherited.setdefault("OMP_WAIT_POLICY", "passive")
-        environment = {**inherited, **record.environment, **_settings_only(kept)}
-        return record, self._supervisor(record).start(started, environment)
+        return record, self._supervisor(record).start(started, {**inherited, **record.variables})
 
     def _demand_one_redis(self) -> None:
         # A supervisor that was killed leaves its processes; two servers would write to one append-only file.
-        path = self._home / "secrets.json"
-        made = json.loads(path.read_text()) if path.is_file() else {}
-        url = made.get("ERRATA_REDIS_URL", "")
-        if f":{made.get('SUPERVISOR_PASSWORD')}@127.0.0.1:" not in url:
+        kept = self._home.secrets()
+        url = kept.get("ERRATA_REDIS_URL", "")
+        if f":{kept.get(SUPERVISOR_PASSWORD)}@127.0.0.1:" not in url:
             return
         with suppress(RedisError), Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as redis:
             process = cast(dict[str, Any], redis.info("server"))["process_id"]
             raise StackError(
-                f"an earlier stack's Redis, process {process}, still runs under {self._home} without its supervisor; "
+                f"an earlier stack's Redis, process {process}, still runs under {self._folder} without its supervisor; "
                 "end it and the processes beside it"
             )
 
-    def _secrets(self, redis_port: int) -> dict[str, str]:
-        """The passwords of this home, made once and kept; the Redis port is new at each start."""
-        path = self._home / "secrets.json"
-        made = json.loads(path.read_text()) if path.is_file() else {}
-        password = made.get("SUPERVISOR_PASSWORD") or secrets.token_hex(24)
-        token = self._settings.node_token.get_secret_value() or made.get("ERRATA_NODE_TOKEN") or secrets.token_hex(24)
-        return {
-            "SUPERVISOR_PASSWORD": password,
-            "ERRATA_API_KEY": self._settings.api_key.get_secret_value(),
-            "ERRATA_NODE_TOKEN": token,
-            "ERRATA_REDIS_URL": self._settings.redis_url or f"redis://:{password}@127.0.0.1:{redis_port}/0",
-        }
+    def _require(self) -> StackRecord:
+        record = self._home.record()
+        if record is None or not self._supervisor(record).processes():
+            raise StackError(f"no stack runs under {self._folder}; `errata up` starts one")
+        return record
 
-    def _write(self, record: _Record) -> None:
-        public = {
-            "url": record.url,
-            "supervisor_port": record.supervisor_port,
-            "environment": dict(record.environment),
-        }
-        for name, content in (("stack.json", public), ("secrets.json", dict(record.secrets))):
-            path = self._home / name
-            path.touch(mode=0o600)
-            path.write_text(json.dumps(content, indent=2))
-
-    def _record(self) -> _Record | None:
-        try:
-            public: dict[str, Any] = json.loads((self._home / "stack.json").read_text())
-            kept: dict[str, str] = json.loads((self._home / "secrets.json").read_text())
-        except FileNotFoundError:
-            return None
-        return _Record(**public, secrets=kept)
-
-    def _require(self) -> _Record:
-        record = self._record()
-        if record is None or not self.running():
-            raise StackError(f"no stack runs under {self._home}; `errata up` starts one")
-        return _Record(record.url, record.supervisor_port, record.environment, _settings_only(record.secrets))
-
-    def _supervisor(self, record: _Record) -> Supervisor:
-        return Supervisor(self._home, record.supervisor_port, record.secrets["SUPERVISOR_PASSWORD"])
+    def _supervisor(self, record: StackRecord) -> Supervisor:
+        return Supervisor(self._folder, record.supervisor_port, record.password)
 
 
 def _existing_model(model: str) -> str:
@@ -276,62 +228,12 @@ def _existing_model(model: str) -> str:
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if missing := [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]:
-            raise StackError(f"ERRATA_MODEL: {folder} has no {' and no '.join(missing)}")
+        if missing := missing_model_files(folder):
+            raise StackError(f"ERRATA_MODEL: {folder} lacks {', '.join(missing)}")
         return str(folder.absolute())
     if model.count("/") > 1 or model.startswith((".", "~", "/")):
         raise StackError(f"ERRATA_MODEL: there is no folder {folder}")
     return model
-
-
-def _settings_only(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith("ERRATA_")}
-
-
-def _url(host: str, port: int) -> str:
-    """The base URL of what listens on a host, as this machine reaches it."""
-    # asyncio listens on :: without IPv4.
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
-
-
-def _free_port() -> int:
-    return _take_port("127.0.0.1", 0)
-
-
-def _take_port(host: str, port: int) -> int:
-    """The port if it is free; for 0 a free one.
-
-    Raises:
-        StackError: it is taken.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as server:
-            return int(server.getsockname()[1])
-    except OSError as error:
-        raise StackError(f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one") from error
-
-
-def _being_started(home: Path) -> bool:
-    """Whether somebody is at it, whose supervisor may not listen yet."""
-    try:
-        with (home / _LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
-    """Two starts of one home: the second waits, and finds the stack running."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 It owns them. It does not know what a version or a run is beyond their numbers, ids and bitmaps.
 """
 
-import hashlib
 import json
 import logging
 import secrets
@@ -15,12 +14,13 @@ from typing import Any, cast
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
+from service.digest import sha256_of
 from service.edit_reader import EditReader, edit_of
 from service.errors import BusyError, ConflictError, InvalidRequestError, OwnProposalError
 from service.logs import of_edits
 from service.lua import Scripts
-from service.runs import LeaseLostError
-from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, normalise_prompt
+from service.runs import LeaseLostError, unclaim_terms
+from service.schemas import Edit, EditError, EditRequest, EditStatus, Format, FormatOutcome, normalise_text
 from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,7 @@ class Idempotency:
             part: which one, where the parts of a body are stored one by one.
         """
         # No header has a NUL in it, so this is nobody's own key.
-        return cls(
-            _digest(f"{key}\0{part}" if part else key), hashlib.sha256(route.encode() + b"\0" + body).hexdigest()
-        )
+        return cls(key=sha256_of(f"{key}\0{part}" if part else key), body=sha256_of(route.encode() + b"\0" + body))
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,6 @@ class Claim:
         """The new ones of its members."""
         claimed = set(self.claimed)
         return [edit for edit in self.members if edit.id in claimed]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class EditStore(EditReader):
@@ -232,8 +226,8 @@ class EditStore(EditReader):
         Raises:
             LeaseLostError: the run was taken over.
         """
-        said = {"run": run, "token": token, "ids": list(edit_ids), "error": error.model_dump_json()}
-        answer = self._set_aside(said)
+        payload = {"run": run, "token": token, "ids": list(edit_ids), "error": error.model_dump_json()}
+        answer = self._set_aside(payload)
         if answer.get("lost"):
             raise LeaseLostError(f"run {run} was taken over")
         return cast(list[str], answer["moved"])
@@ -243,14 +237,14 @@ class EditStore(EditReader):
 
         ``settle`` decides by it once the version is active. Of edits that the run has not any more nothing is kept.
         """
-        said = {
+        edits = {
             edit_id: {
                 "verified": json.dumps({name: outcome.model_dump() for name, outcome in by_format.items()}),
                 "verdict": "matched" if by_format and all(one.matched for one in by_format.values()) else "mismatch",
             }
             for edit_id, by_format in outcomes.items()
         }
-        self._record_verification({"run": run, "edits": said})
+        self._record_verification({"run": run, "edits": edits})
 
     def unclaim(
         self,
@@ -270,14 +264,8 @@ class EditStore(EditReader):
             refund: the attempt does not count (cancelled, overtaken, shut down).
             trained_to: where edits of a committed version go that a rollback overtook; QUEUED or HELD.
         """
-        payload = {
-            "run": run,
-            "max_attempts": self._max_attempts,
-            "error": error.model_dump_json() if error else "",
-            "refund": refund,
-            "trained_to": trained_to,
-        }
-        return cast(list[str], self._unclaim(payload))
+        terms = unclaim_terms(max_attempts=self._max_attempts, error=error, refund=refund, trained_to=trained_to)
+        return cast(list[str], self._unclaim({"run": run, **terms}))
 
     def settle(self) -> list[str]:
         """Makes every edit's status agree with the active version; returns the ids that moved."""
@@ -294,9 +282,9 @@ def _new(request: EditRequest, now: int) -> dict[str, Any]:
 
 
 def stored_fields(request: EditRequest, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the scripts that store an edit are told of it, beside its id; ``record`` is what the edit says for good."""
+    """An edit's fields for the scripts that store it, beside its id; ``record`` has those that never change."""
     return {
         "record": json.dumps(record),
         "target": request.target,
-        "prompt_key": _digest(normalise_prompt(request.prompt)),
+        "prompt_key": sha256_of(normalise_text(request.prompt)),
     }

@@ -37,7 +37,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Process:
-    """What supervisord says of a process; ``state`` is its word: RUNNING, STARTING, BACKOFF, FATAL, STOPPED …"""
+    """A process as supervisord reports it; ``state`` is RUNNING, STARTING, BACKOFF, FATAL, STOPPED … (its names)."""
 
     name: str
     state: str

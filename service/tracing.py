@@ -90,7 +90,7 @@ def link(traceparents: Callable[[], Iterable[str]]) -> None:
 
 
 def outgoing() -> dict[str, str]:
-    """The header by which whoever is asked or told next goes on with this trace; none without one."""
+    """The ``traceparent`` header with which a receiver continues this trace; empty outside of one."""
     headers: dict[str, str] = {}
     _FORMAT.inject(headers)
     return headers
@@ -98,7 +98,7 @@ def outgoing() -> dict[str, str]:
 
 @contextmanager
 def continued(headers: Mapping[str, str]) -> Iterator[None]:
-    """Goes on with the trace of who sent these headers, if they have one."""
+    """Continues the trace that these headers carry, if they carry one, for what is done within."""
     token = attach(_context(headers.get(_TRACEPARENT)))
     try:
         yield

@@ -6,8 +6,8 @@ from itertools import takewhile
 from service.schemas import EditStatus, Run, RunStatus, Trigger
 from service.settings import Settings
 
-RECENT_RUNS = 8
-"""How many of the newest runs ``due`` wants to see."""
+BACKOFF_RUNS = 8
+"""How many of the newest runs ``due`` looks at for failures in a row; more do not lengthen its pause."""
 
 
 def due(

@@ -15,28 +15,28 @@ from service.schemas import Edit, Format, FormatOutcome
 _CONCURRENCY = 16
 # Room for a wrong answer to show itself; a right one has at most one token for each byte, and its end.
 _SPARE_TOKENS = 8
-# In nats. What else is in the batch moves a log-probability by some tenths in bfloat16.
-_SURE_MARGIN = 1.0
+# What else is in the batch moves a log-probability by some tenths in bfloat16.
+_CONFIDENT_MARGIN_NATS = 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a node said to a version's edits.
+    """How nodes answered a version's edits, and what follows for the version.
 
     Attributes:
         outcomes: by edit id, for the new edits.
         reasons: why the version must not become active; empty if it may.
-        sure: ids of edits, the new ones if any, that were answered right in every format and by a margin.
+        confident: ids of edits, the new ones if any, that were answered right in every format and by a margin.
     """
 
     outcomes: Mapping[str, Mapping[Format, FormatOutcome]]
     reasons: Sequence[str]
-    sure: Sequence[str]
+    confident: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a node said to an edit in one format, and the margin of its answer."""
+    """How a node answered an edit in one format, and by what margin, in nats (``nodes.Answer.margin``)."""
 
     outcome: FormatOutcome
     margin: float
@@ -97,7 +97,7 @@ def verify(
         },
         reasons=[reason for reason in shortfalls if reason],
         # Only the new ones tell a version from the one before.
-        sure=_sure(new, of_new) or _sure(older, of_older),
+        confident=_confident(new, of_new) or _confident(older, of_older),
     )
 
 
@@ -111,11 +111,11 @@ def sample(edits: Sequence[Edit], size: int, *, seed: int) -> list[Edit]:
     return random.Random(seed).sample(list(edits), min(size, len(edits)))  # noqa: S311 - not a secret
 
 
-def _sure(edits: Sequence[Edit], found: Sequence[Mapping[Format, Asked]]) -> list[str]:
+def _confident(edits: Sequence[Edit], found: Sequence[Mapping[Format, Asked]]) -> list[str]:
     return [
         edit.id
         for edit, by_form in zip(edits, found, strict=True)
-        if by_form and all(one.outcome.matched and one.margin >= _SURE_MARGIN for one in by_form.values())
+        if by_form and all(one.outcome.matched and one.margin >= _CONFIDENT_MARGIN_NATS for one in by_form.values())
     ]
 
 

@@ -8,8 +8,8 @@ from service.schemas import Edit
 from service.store import Claim
 from worker.bisection import culprits
 from worker.evaluation.metrics import Metrics
-from worker.learning import Learned
-from worker.training.breadth_first import TrainingDivergedError
+from worker.run_training import TrainedRun
+from worker.training.errors import TrainingDivergedError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ EditsFault = TrainingDivergedError | GateRejectedError
 class Candidate:
     """What training gave, and what it is worth."""
 
-    learned: Learned
+    trained: TrainedRun
     metrics: Metrics
 
 

@@ -1,6 +1,7 @@
 """The base model on disk: where it is, which one it is, and which of its matrices are tuned.
 
-Everything here reads files and headers; nothing loads weights, so the node's launcher can use it without torch.
+Everything here reads files and headers; nothing loads weights, so the node's launcher can use it without torch. A file
+that is damaged or, say, a Git LFS pointer is a CheckpointError that names it.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
 
 from worker.location import LocationError, down_projection, matrices
 from worker.presets import preset_for
@@ -54,9 +56,19 @@ def resolve_model(model: str) -> Path:
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return the model's config.json."""
-    config: dict[str, Any] = json.loads((model_dir / "config.json").read_bytes())
-    return config
+    """Return the model's config.json. Raises CheckpointError when it is no JSON object."""
+    return _json_object(model_dir / "config.json")
+
+
+def check_readable(model_dir: Path) -> None:
+    """Read the model's configuration, the tokenizer's and the headers of the weights, for whoever names no file.
+
+    Raises CheckpointError, naming the file that cannot be read.
+    """
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (model_dir / name).is_file():
+            _json_object(model_dir / name)
+    _shapes(model_dir)
 
 
 def fingerprint(model_dir: Path) -> str:
@@ -118,12 +130,7 @@ def location_shapes(model_dir: Path, location: str) -> dict[str, tuple[int, ...]
 
 def _shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all of the model's parameters by name."""
-    return {
-        name: tuple(tensor["shape"])
-        for path in _weight_files(model_dir)
-        for name, tensor in _safetensors_header(path).items()
-        if name != "__metadata__"
-    }
+    return {name: shape for path in _weight_files(model_dir) for name, shape in _shapes_in(path).items()}
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
@@ -131,13 +138,26 @@ def _weight_files(model_dir: Path) -> list[Path]:
     index = model_dir / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(model_dir.glob("*.safetensors"))
-    files: set[str] = set(json.loads(index.read_bytes())["weight_map"].values())
-    return [model_dir / name for name in sorted(files)]
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map")
+    return [model_dir / name for name in sorted(set(weight_map.values()))]
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the JSON header of a safetensors file: 8 bytes of little-endian length, then the header itself."""
-    with path.open("rb") as file:
-        size_bytes = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size_bytes))
-    return header
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a safetensors file by name, from its header."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found

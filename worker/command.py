@@ -14,17 +14,18 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from service.console import one_line
+from service.defaults import PREFIX_CACHE_BYTES
 from service.logs import JsonFormatter
 from service.schemas import Format
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError
-from worker.experiment import Experiment, carry_out, processes, rank
+from worker.distributed import processes, rank
+from worker.experiment import Experiment, run_experiment
 from worker.placement import LOWER_ON_DISK
 from worker.training.attention import UnsupportedAttentionError
-from worker.training.breadth_first import TrainingError
 from worker.training.config import PLAIN, Pipeline
-from worker.training.prefix import DEFAULT_CAPACITY_BYTES
-from worker.training.resume import UnsupportedLayerError
+from worker.training.errors import TrainingError
+from worker.training.partial_forward import UnsupportedLayerError
 from worker.training.snapshot import SnapshotMismatchError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _parts_heard():
-            report = carry_out(_experiment(options))
+            report = run_experiment(_experiment(options))
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except TrainingError as error:
@@ -147,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="the paper's procedure and settings, nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--no-evaluate", action="store_true", help="train only; decoding from disk is slow")
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N edits only")
+    parser.add_argument("--limit", type=_count, metavar="N", help="the first N rows of the file only")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="what models need once ever; default: errata in the user's cache"
     )
     parser.add_argument(
-        "--cache-bytes", type=_count, default=DEFAULT_CAPACITY_BYTES, metavar="N", help="bound on its prefixes"
+        "--cache-bytes", type=_count, default=PREFIX_CACHE_BYTES, metavar="N", help="bound on its prefixes"
     )
     parser.add_argument("--device", type=_device, metavar="D", help="default: CUDA if present")
     parser.add_argument("--device-map", choices=("auto", LOWER_ON_DISK), help="for a model larger than the device")

@@ -1,35 +1,36 @@
-"""Versions on disk: the delta's file format and the store that keeps one immutable folder per version.
+"""The version store: one immutable folder per version, with what service.manifest says is in it.
 
-    versions/000007/delta.safetensors   full replacement tensors by parameter name, bfloat16 as a rule
-    versions/000007/edits.jsonl         the version's edits, one JSON object a line
-    versions/000007/manifest.json       what the version is, and the checksum of everything above; written last
-
-A version is there when its manifest is there. Nothing here knows Redis, Celery, HTTP or the service's types.
+Only this module reads and writes deltas. Nothing here knows Redis, Celery or HTTP.
 """
 
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 import fsspec
 import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from torch import Tensor
 
+from service.manifest import (
+    DELTA,
+    EDITS,
+    MANIFEST,
+    Manifest,
+    ManifestError,
+    StoredFile,
+    StoredTensor,
+    VersionInfo,
+    folder_name,
+    read_manifest,
+    version_of_folder,
+)
 from worker.folders import remove_abandoned, write_folder
-
-_DELTA = "delta.safetensors"
-_EDITS = "edits.jsonl"
-_MANIFEST = "manifest.json"
-
-Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class DeltaError(Exception):
@@ -60,64 +61,13 @@ class StoreUnavailableError(DeltaError):
     """The store's storage failed: a full disk, a refused permission, a lost connection."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Base(_Record):
-    """The base model of a version."""
-
-    name: str
-    fingerprint: Sha256
-
-
-class StoredTensor(_Record):
-    """One replacement tensor: `dtype` as torch names it (`bfloat16`), `sha256` as `tensor_sha256` gives it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: Sha256
-
-
-class StoredFile(_Record):
-    """One file of a version's folder."""
-
-    sha256: Sha256
-    size_bytes: int
-
-
-class VersionInfo(_Record):
-    """What the writer of a version says about it; the store adds what it measures (see Manifest)."""
-
-    version: int = Field(ge=0)
-    parent: int | None
-    base: Base
-    location: str
-    run: dict[str, JsonValue]
-    metrics: dict[str, JsonValue]
-    created_at: int
-
-
-class Manifest(VersionInfo):
-    """What a version is: its origin, the run that made it, and the checksums of its tensors and files."""
-
-    format: Literal[1] = 1
-    tensors: dict[str, StoredTensor]
-    files: dict[str, StoredFile]
-
-    @property
-    def checksum(self) -> str:
-        """The sha256, in hex, of the manifest itself: two versions with one checksum are the same version."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
-
-
 def tensor_sha256(tensor: Tensor) -> str:
     """Return the sha256, in hex, of the tensor's raw bytes in row-major order, whatever its device and strides."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 class VersionStore:
-    """Versions under a folder or any fsspec URL (`memory://…`, `s3://…`).
+    """Versions directly in a folder, which has nothing else, or under any fsspec URL (`memory://…`, `s3://…`).
 
     Every method may raise StoreUnavailableError. One process writes; any number read.
     """
@@ -125,7 +75,12 @@ class VersionStore:
     def __init__(self, url: str) -> None:
         # A cached listing would hide the versions that another process has written since.
         self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        self._root = f"{root.rstrip('/')}/versions"
+        self._root = root.rstrip("/")
+        self._url = url
+
+    def folder(self, version: int) -> str:
+        """Return where a version's folder is, or would be: a path or URL that begins with the store's own."""
+        return f"{self._url.rstrip('/')}/{folder_name(version)}"
 
     def write(
         self, info: VersionInfo, tensors: Mapping[str, Tensor], edits: Iterable[Mapping[str, JsonValue]]
@@ -136,15 +91,15 @@ class VersionStore:
         """
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         files = {
-            _DELTA: safetensors.torch.save(contiguous),
-            _EDITS: b"".join(json.dumps(edit, ensure_ascii=False).encode() + b"\n" for edit in edits),
+            DELTA: safetensors.torch.save(contiguous),
+            EDITS: b"".join(json.dumps(edit, ensure_ascii=False).encode() + b"\n" for edit in edits),
         }
         manifest = Manifest(
             **info.model_dump(include=set(VersionInfo.model_fields)),
             tensors={name: _describe(tensor) for name, tensor in contiguous.items()},
             files={name: StoredFile(sha256=_sha256(data), size_bytes=len(data)) for name, data in files.items()},
         )
-        files[_MANIFEST] = manifest.model_dump_json(indent=2).encode()
+        files[MANIFEST] = manifest.model_dump_json(indent=2).encode()
         folder = self._folder(info.version)
         with _storage(f"version {info.version} could not be written"):
             if self._has(folder):
@@ -182,39 +137,34 @@ class VersionStore:
             for number in [] if uploading and not local else self._numbers():
                 if not self._has(self._folder(number)):
                     self._fs.rm(self._folder(number), recursive=True)
-                    removed.append(f"{number:06d}")
+                    removed.append(folder_name(number))
             return removed
 
     def manifest(self, version: int) -> Manifest:
         """Return a version's manifest. Raises UnknownVersionError or DamagedDeltaError."""
-        with _storage(f"version {version}: {_MANIFEST} could not be read"):
+        with _storage(f"version {version}: {MANIFEST} could not be read"):
             try:
-                manifest = Manifest.model_validate_json(self._fs.cat_file(f"{self._folder(version)}/{_MANIFEST}"))
+                return read_manifest(self._fs.cat_file(f"{self._folder(version)}/{MANIFEST}"), version)
             except FileNotFoundError as error:
                 raise UnknownVersionError(f"version {version} is not in the store") from error
-            except ValidationError as error:
-                raise DamagedDeltaError(f"version {version}: {_MANIFEST} cannot be read: {error}") from error
-        if manifest.version != version:
-            raise DamagedDeltaError(f"version {version}: {_MANIFEST} is of version {manifest.version}")
-        if manifest.files.keys() != {_DELTA, _EDITS}:
-            raise DamagedDeltaError(f"version {version}: {_MANIFEST} lists the files {sorted(manifest.files)}")
-        return manifest
+            except ManifestError as error:
+                raise DamagedDeltaError(f"version {version}: {error}") from error
 
     def whole(self, version: int) -> Manifest:
         """Return a version's manifest if all its files are there, in their length. Raises as `manifest` does."""
         manifest = self.manifest(version)
-        for name, expected in manifest.files.items():
+        for name in manifest.files:
             with _storage(f"version {version}: {name} could not be looked at"):
                 try:
                     size_bytes = self._fs.info(f"{self._folder(version)}/{name}")["size"]
-                except FileNotFoundError as error:
-                    raise DamagedDeltaError(f"version {version}: {name} is missing") from error
-            _check_size(version, name, size_bytes, expected)
+                except FileNotFoundError:
+                    size_bytes = None
+            _check_size(manifest, name, size_bytes)
         return manifest
 
     def edits(self, version: int) -> list[dict[str, JsonValue]]:
         """Return a version's edits, verified, in the order they were written."""
-        return [json.loads(line) for line in self._read(self.manifest(version), _EDITS).splitlines()]
+        return [json.loads(line) for line in self._read(self.manifest(version), EDITS).splitlines()]
 
     def load(
         self, version: int, *, fingerprint: str | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -233,9 +183,9 @@ class VersionStore:
         if shapes is not None:
             _check_shapes(manifest, shapes)
         try:
-            tensors = safetensors.torch.load(self._read(manifest, _DELTA))
+            tensors = safetensors.torch.load(self._read(manifest, DELTA))
         except SafetensorError as error:
-            raise DamagedDeltaError(f"version {version}: {_DELTA} is not a safetensors file: {error}") from error
+            raise DamagedDeltaError(f"version {version}: {DELTA} is not a safetensors file: {error}") from error
         for name in tensors.keys() | manifest.tensors.keys():
             found, expected = _describe(tensors[name]) if name in tensors else None, manifest.tensors.get(name)
             if found != expected:
@@ -243,20 +193,23 @@ class VersionStore:
         return tensors
 
     def _folder(self, version: int) -> str:
-        return f"{self._root}/{version:06d}"
+        return f"{self._root}/{folder_name(version)}"
 
     def _numbers(self) -> list[int]:
         """The numbers of all folders, ascending."""
+        # The listing of a file would be the file itself.
+        if isinstance(self._fs, LocalFileSystem) and Path(self._root).is_file():
+            raise NotADirectoryError(f"{self._root} is a file")
         try:
             names = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+        return sorted(number for name in names if (number := version_of_folder(name)) is not None)
 
     def _has(self, folder: str) -> bool:
         """Whether a version is there. Not `exists`, which says no when it could not find out."""
         try:
-            self._fs.info(f"{folder}/{_MANIFEST}")
+            self._fs.info(f"{folder}/{MANIFEST}")
         except FileNotFoundError:
             return False
         return True
@@ -268,8 +221,8 @@ class VersionStore:
                 data: bytes = self._fs.cat_file(f"{self._folder(manifest.version)}/{name}")
             except FileNotFoundError as error:
                 raise DamagedDeltaError(f"version {manifest.version}: {name} is missing") from error
+        _check_size(manifest, name, len(data))
         expected = manifest.files[name]
-        _check_size(manifest.version, name, len(data), expected)
         if _sha256(data) != expected.sha256:
             raise DamagedDeltaError(
                 f"version {manifest.version}: {name} has sha256 {_sha256(data)}, expected {expected.sha256}"
@@ -301,9 +254,9 @@ def _storage(what: str) -> Iterator[None]:
         raise StoreUnavailableError(f"{what}: {str(error) or repr(error)}") from error
 
 
-def _check_size(version: int, name: str, size_bytes: int, expected: StoredFile) -> None:
-    if size_bytes != expected.size_bytes:
-        raise DamagedDeltaError(f"version {version}: {name} has {size_bytes} bytes, expected {expected.size_bytes}")
+def _check_size(manifest: Manifest, name: str, size_bytes: int | None) -> None:
+    if fault := manifest.fault_of(name, size_bytes):
+        raise DamagedDeltaError(f"version {manifest.version}: {fault}")
 
 
 def _describe(tensor: Tensor) -> StoredTensor:

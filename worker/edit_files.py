@@ -4,16 +4,18 @@ Takes a path and returns a list. A file is one JSON list or JSON lines; its firs
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from service.schemas import Text, check_untrained, normalise_prompt
+from service.schemas import MAX_REPHRASES, Text, check_untrained, normalise_text
+from worker.wordings import untrained_rephrases
 
 T = TypeVar("T")
 
@@ -60,11 +62,11 @@ _PUBLISHED = (
 _OWN_FIELDS = frozenset({"prompt", "target", "rephrases", "paraphrases", "metadata"})
 
 _text: TypeAdapter[str] = TypeAdapter(Text)
-_texts: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[Text, ...])
+_texts: TypeAdapter[tuple[str, ...]] = TypeAdapter(Annotated[tuple[Text, ...], Field(max_length=MAX_REPHRASES)])
 
 
-def read_edits(path: Path) -> list[EditRow]:
-    """Read every edit of `path`, texts stripped, in the order of the rows.
+def read_edits(path: Path, limit: int | None = None) -> list[EditRow]:
+    """Read the edits of `path`, texts stripped, in the order of the rows: of its first `limit` rows, or of all.
 
     A later row supersedes an earlier one of the same prompt, compared as the service compares prompts. A rephrase that
     a row trains on is left out, and how many were is logged.
@@ -73,14 +75,14 @@ def read_edits(path: Path) -> list[EditRow]:
         EditFileError: the file is not JSON, is in no known fields, or has a bad row.
         OSError: it cannot be opened.
     """
-    rows = list(_rows(path))
+    rows = list(itertools.islice(_rows(path), limit))
     if not rows:
         raise EditFileError(f"{path} holds no edits")
     read = _reader(path, *rows[0])
     edits: dict[str, EditRow] = {}
     for number, row in rows:
         edit = read(_Row(path, number, row))
-        question = normalise_prompt(edit.prompt)
+        question = normalise_text(edit.prompt)
         edits.pop(question, None)
         edits[question] = edit
     return _without_trained(path, list(edits.values()))
@@ -88,13 +90,8 @@ def read_edits(path: Path) -> list[EditRow]:
 
 def _without_trained(path: Path, edits: Sequence[EditRow]) -> list[EditRow]:
     """The edits without rephrases that one of them trains on: they would measure what was learned by heart."""
-    trained = {normalise_prompt(text) for edit in edits for text in (edit.prompt, *edit.paraphrases)}
-    kept = [
-        dataclasses.replace(
-            edit, rephrases=tuple(text for text in edit.rephrases if normalise_prompt(text) not in trained)
-        )
-        for edit in edits
-    ]
+    left = zip(edits, untrained_rephrases(edits), strict=True)
+    kept = [dataclasses.replace(edit, rephrases=rephrases) for edit, rephrases in left]
     dropped = sum(len(edit.rephrases) for edit in edits) - sum(len(edit.rephrases) for edit in kept)
     if dropped:
         log.warning("edits.trained_rephrases_left_out", extra={"path": str(path), "rephrases": dropped})

@@ -1,4 +1,4 @@
-"""A local folder that appears at once, whole and durably; and what a crash leaves of one that did not."""
+"""Local files and folders that appear at once and whole; and what a crash leaves of a folder that did not."""
 
 import fcntl
 import os
@@ -11,6 +11,27 @@ from pathlib import Path
 
 # A version's folder in the store, or a node's copy of one, which has more behind its number.
 _STAGING = re.compile(r"\.\d{6,}(-[0-9a-f]+)*\.[0-9a-f]{32}")
+
+
+def write_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """Make `path` hold `data`, all of it at once; what was there before stays until then, and if it fails.
+
+    The folder is made if there is none. `durable` means that a power cut does not take it back. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A process that was killed left its own: in a container the next one has the same number, and writes over it.
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staging.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        staging.rename(path)
+    finally:
+        staging.unlink(missing_ok=True)
+    if durable:
+        _fsync_folder(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

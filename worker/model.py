@@ -1,7 +1,7 @@
 """The frozen base model and the one place in it that is tuned.
 
 Knows nothing of edits, settings, stores or servers. The base's weights are never written to after loading: training and
-evaluation swap tuned tensors in for the length of a call (`worker.training.resume`).
+evaluation swap tuned tensors in for the length of a call (`worker.training.partial_forward`).
 """
 
 import logging
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.checkpoint import fingerprint, resolve_location, resolve_model
+from worker.checkpoint import CheckpointError, check_readable, fingerprint, resolve_location, resolve_model
 from worker.location import LocationError, matrices
-from worker.placement import LOWER_ON_DISK, DeviceMap, PlacementError, load_placed, lower_on_disk
+from worker.placement import LOWER_ON_DISK, DeviceMap, PlacementError, load_checkpoint, load_placed, lower_on_disk
 from worker.precision import compute_dtype
 
 log = logging.getLogger(__name__)
+
+_TUNABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +75,15 @@ def load_base(
 
     Raises:
         PlacementError: the device map leaves the tuned layer on disk.
-        LocationError: `location` is no linear matrices of one decoder layer.
-        CheckpointError: there is no such model, or "auto" finds no location in it.
+        LocationError: `location` is no linear matrices of one decoder layer, or their weights are quantised.
+        CheckpointError: there is no such model, its files cannot be read or do not fit each other, or "auto" finds no
+            location in it.
         OSError, ValueError: the model cannot be read.
     """
     path = resolve_model(path_or_hub_id)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_readable(path)
+    tokenizer = _tokenizer(path)
     if "strftime_now" in str(tokenizer.chat_template):
         # What is computed of a prompt once ever is computed anew each day, to other bits.
         log.warning("model.dated_chat_template", extra={"model": path_or_hub_id})
@@ -87,7 +91,7 @@ def load_base(
     computed_in = compute_dtype(dtype, target.type)
     model: PreTrainedModel
     if device_map is None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=computed_in, trust_remote_code=False)
+        model = load_checkpoint(path, computed_in)
         nn.Module.to(model, target)
     else:
         below = _lower_on_disk(path, location, target) if device_map == LOWER_ON_DISK else device_map
@@ -141,6 +145,17 @@ def freeze_base(
     )
 
 
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        # What the tokenizers library and the checks of a configuration raise has no class that says what it is.
+        raise CheckpointError(f"the configuration or the tokenizer in {path} cannot be read: {error}") from error
+    return tokenizer
+
+
 def _lower_on_disk(path: Path, location: str, device: torch.device) -> DeviceMap:
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -155,6 +170,10 @@ def _linear_weights(model: nn.Module, location: str) -> tuple[str, ...]:
         module = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(module, nn.Linear):
             raise LocationError(f"tuned location {location!r}: {name} is of a {type(module).__name__}, not of a Linear")
+        dtype = model.get_parameter(name).dtype
+        if dtype not in _TUNABLE:
+            # Such values mean nothing without the scales that lie beside them.
+            raise LocationError(f"tuned location {location!r}: {name} is quantised ({dtype}), which cannot be tuned")
     return names
 
 

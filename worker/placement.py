@@ -3,12 +3,15 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from worker.checkpoint import CheckpointError
 
 DeviceMap = str | Mapping[str, int | str]
 """Devices by module, with `cpu` and `disk` among them; or `auto`, or LOWER_ON_DISK."""
@@ -33,26 +36,42 @@ def lower_on_disk(model: nn.Module, layers_name: str, layer_index: int, device: 
     return lower | upper | {name: str(device) for name in _beside(model, layers_name)}
 
 
+def load_checkpoint(path: Path, dtype: torch.dtype, **placed: Any) -> PreTrainedModel:
+    """Load a checkpoint with every weight cast to `dtype`; `placed` is what transformers is told of the devices.
+
+    Raises CheckpointError when its files lack what its config.json asks for: it would begin with random values.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **placed
+    )
+    model: PreTrainedModel
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(f"{path}: config.json asks for {_first(missing)}, which the weights lack")
+    if mismatched := sorted(name for name, *_ in loading["mismatched_keys"]):
+        raise CheckpointError(f"{path}: the weights have other shapes than config.json says: {_first(mismatched)}")
+    return model
+
+
 def load_placed(path: Path, device_map: DeviceMap, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint onto the devices of `device_map`, which is not LOWER_ON_DISK.
+    """`load_checkpoint` onto the devices of `device_map`, which is not LOWER_ON_DISK.
 
     Weights on disk are read from the checkpoint's own files; those that transformers holds in another form than the
     files are written to a temporary folder, which goes with the model.
     """
     scratch = tempfile.mkdtemp(prefix="errata-offload-")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=False,
-            device_map=device_map if isinstance(device_map, str) else dict(device_map),
-            offload_folder=scratch,
-        )
+        placed = device_map if isinstance(device_map, str) else dict(device_map)
+        model = load_checkpoint(path, dtype, device_map=placed, offload_folder=scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     return model
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _beside(model: nn.Module, layers_name: str, prefix: str = "") -> Iterator[str]:

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from service.errors import ConflictError
+from service.manifest import Manifest
 from service.schemas import EditError, RunStatus, StoredEdit, VersionRecord, VersionState
 from service.settings import Settings
 from service.stores import Stores
-from worker.delta import DamagedDeltaError, DeltaError, Manifest, VersionStore
+from worker.delta import DamagedDeltaError, DeltaError, VersionStore
 from worker.records import version_record
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Repair:
     versions: VersionStore
     stores: Stores
 
-    def carry_out(self) -> list[str]:
+    def repair(self) -> list[str]:
         """Do all of it; returns a sentence for each thing that was done or could not be.
 
         Raises:
@@ -133,7 +134,7 @@ def main() -> int:
     """Repair what the environment names; a line for each thing done."""
     try:
         settings = Settings.from_env()
-        done = Repair(VersionStore(settings.store_url), Stores.connect(settings)).carry_out()
+        done = Repair(VersionStore(settings.store_url), Stores.connect(settings)).repair()
     except (DeltaError, RedisError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -27,14 +27,16 @@ from service.tracing import link, span
 from worker.candidate import Candidate, EditsFault, GateRejectedError, isolate
 from worker.delta import VersionStore
 from worker.evaluation.gate import Thresholds, decide
-from worker.evaluation.metrics import EvaluationEdit, Evaluator, Metrics
-from worker.learning import Learning
+from worker.evaluation.metrics import EvaluationEdit, Metrics
 from worker.lease import Lease
 from worker.model import BaseModel
-from worker.records import run_inputs, stored, summary, version_info, version_record
+from worker.records import metrics_record, stored_edit, training_record, version_info, version_record
 from worker.repair import Repair
-from worker.training.breadth_first import TrainingCancelledError, TrainingDivergedError
+from worker.run_training import RunTraining
 from worker.training.encode import EncodingError
+from worker.training.errors import TrainingCancelledError, TrainingDivergedError
+from worker.wordings import untrained_rephrases
+from worker.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +45,18 @@ log = logging.getLogger(__name__)
 class Trainer:
     """What a train worker keeps between runs: the loaded model, its caches, and the stores."""
 
-    base: BaseModel
-    learning: Learning
-    evaluator: Evaluator
+    workbench: Workbench
+    training: RunTraining
     versions: VersionStore
     stores: Stores
     queue: TaskQueue
     settings: Settings
     stopping: threading.Event
+
+    @property
+    def base(self) -> BaseModel:
+        """The model that it trains."""
+        return self.workbench.base
 
     def prepare(self) -> None:
         """Makes version 0 exist, the base's own tensors with an empty edit set, and repairs what a crash left.
@@ -68,7 +74,7 @@ class Trainer:
                 f"the version store is of {manifest.base.name} at {manifest.location}, the worker has {self.base.name} "
                 f"at {self.base.location}; give this model another ERRATA_HOME or ERRATA_STORE"
             )
-        Repair(self.versions, self.stores).carry_out()
+        Repair(self.versions, self.stores).repair()
 
     def execute(self, run_id: str) -> None:
         """Carries out a queued run; does nothing if another is under way or this one is not queued any more."""
@@ -92,14 +98,14 @@ class Trainer:
             stopping=self.stopping,
         ) as lease:
             try:
-                self._carry_out(run, lease)
+                self._attempt_or_give_back(run, lease)
             except (LeaseLostError, FencedError) as error:
                 log.warning("run.taken_over", extra={"reason": error.message})
             except RedisError as error:
                 # Nobody can be told. The run is taken over once its lease has expired.
                 log.error("run.interrupted", extra={"reason": repr(error)})
 
-    def _carry_out(self, run: Run, lease: Lease) -> None:
+    def _attempt_or_give_back(self, run: Run, lease: Lease) -> None:
         """A run that ends otherwise than by its commit gives its edits back.
 
         Raises:
@@ -143,14 +149,14 @@ class Trainer:
             version = self._commit(run, candidate)
         log.info("run.trained", extra={"version": version})
         self.queue.publish(run.id)
-        self.learning.forget()
+        self.training.forget()
 
     def _candidate(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Candidate:
         with self._phase(run, "train"):
-            learned = self.learning.carry_out(run, lease, claim, joinable=joinable)
-        bind(**of_edits(learned.claim.new))
+            trained = self.training.train_run(run, lease, claim, joinable=joinable)
+        bind(**of_edits(trained.claim.new))
         with self._phase(run, "evaluate"):
-            metrics = self._evaluate(run, learned.claim, learned.result.tensors)
+            metrics = self._evaluate(run, trained.claim, trained.result.tensors)
         gate = Thresholds(
             min_reliability=self.settings.gate_min_reliability,
             min_locality=self.settings.gate_min_locality,
@@ -161,13 +167,13 @@ class Trainer:
             raise TrainingCancelledError("cancelled while it was evaluated")
         if not decision.passed:
             raise GateRejectedError("; ".join(decision.reasons))
-        return Candidate(learned, metrics)
+        return Candidate(trained, metrics)
 
     def _without_culprits(self, run: Run, lease: Lease, fault: EditsFault) -> Candidate:
         """The candidate of the other edits. Raises the fault if no edit is found to be at fault, or there is none."""
 
         def attempt(some: Claim) -> Candidate:
-            self.learning.forget()
+            self.training.forget()
             return self._candidate(run, lease, some, joinable=False)
 
         log.warning("run.looks_for_culprits", extra={"reason": str(fault)})
@@ -190,22 +196,33 @@ class Trainer:
         # The same ones for every candidate of the run, others for the next run's.
         drawn = random.Random(run.id).sample(older, min(sampled, len(older)))  # noqa: S311 - not a secret
         measured = [edit for edit in claim.members if edit.id in new] + drawn
-        return self.evaluator.evaluate(
-            [EvaluationEdit(edit.id, edit.prompt, edit.target, tuple(edit.rephrases)) for edit in measured], tensors
+        left = dict(zip((edit.id for edit in claim.members), untrained_rephrases(claim.members), strict=True))
+        if dropped := sum(len(edit.rephrases) - len(left[edit.id]) for edit in measured):
+            log.info("run.trained_rephrases_left_out", extra={"rephrases": dropped})
+        return self.workbench.evaluate(
+            [EvaluationEdit(edit.id, edit.prompt, edit.target, left[edit.id]) for edit in measured], tensors
         )
 
     def _commit(self, run: Run, candidate: Candidate) -> int:
-        learned, metrics = candidate.learned, candidate.metrics
+        trained, metrics = candidate.trained, candidate.metrics
         registry, edits = self.stores.registry, self.stores.edits
         version = registry.next_number(run, above=self.versions.last_number())
-        members = learned.claim.members
+        members = trained.claim.members
         sequences = edits.sequences(edit.id for edit in members)
         before, now = set(registry.members(run.parent or 0)), set(sequences)
         counts = EditCounts(count=len(now), added=len(now - before), removed=len(before - now))
-        inputs = run_inputs(self.base, run, learned, counts)
-        info = version_info(self.base, version, parent=run.parent, run=inputs, metrics=summary(metrics))
-        kept = [stored(edit, sequence) for edit, sequence in zip(members, sequences, strict=True)]
-        manifest = self.versions.write(info, learned.result.tensors, kept)
+        how = training_record(
+            self.base,
+            trained.config,
+            trained.result,
+            counts,
+            run=run.id,
+            start=trained.parent or 0,
+            chain=trained.chain,
+        )
+        info = version_info(self.base, version, parent=run.parent, run=how, metrics=metrics_record(metrics))
+        kept = [stored_edit(edit, sequence) for edit, sequence in zip(members, sequences, strict=True)]
+        manifest = self.versions.write(info, trained.result.tensors, kept)
         record = version_record(manifest, VersionState.COMMITTED)
         registry.commit(record, [edit.id for edit in members], token=run.token)
         return version
@@ -228,7 +245,7 @@ class Trainer:
     def _fail(self, run: Run, error: EditError) -> None:
         log.error("run.failed", extra={"code": error.code, "reason": error.message})
         # First, as what follows may be done and not be heard of: what has failed is not gone on with.
-        self.learning.forget()
+        self.training.forget()
         self.stores.runs.give_up(run, RunStatus.FAILED, error=error)
         self.stores.edits.settle()
 

@@ -17,14 +17,13 @@ from service.stores import Stores
 from service.tracing import configure_tracing, continued
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError, VersionStore
-from worker.evaluation.metrics import Evaluator
-from worker.learning import Learning
 from worker.model import load_base
 from worker.run import Trainer
+from worker.run_training import RunTraining
 from worker.training.attention import UnsupportedAttentionError
+from worker.training.partial_forward import UnsupportedLayerError
 from worker.training.prefix import PrefixCache
-from worker.training.preserve import Preservation
-from worker.training.resume import UnsupportedLayerError
+from worker.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ def load(**_: Any) -> None:
     try:
         trainer = _trainer(stores)
         trainer.prepare()
-        trainer.evaluator.prepare()
-        trainer.learning.prepare()
+        trainer.workbench.prepare_evaluation()
+        trainer.training.prepare()
     except _UNUSABLE as error:
         log.error("worker.not_started", extra={"reason": str(error)})
         raise SystemExit(1) from error
@@ -91,12 +90,11 @@ def _trainer(stores: Stores) -> Trainer:
         device_map=_settings.train_device_map or None,
     )
     folder = _settings.home / "prefix"
-    prefix = PrefixCache(folder, _settings.train_prefix_bytes)
+    workbench = Workbench(base, PrefixCache(folder, _settings.train_prefix_bytes), folder)
     versions = VersionStore(_settings.store_url)
     return Trainer(
-        base=base,
-        learning=Learning(base, prefix, Preservation(base, prefix, folder), versions, stores, _settings),
-        evaluator=Evaluator(base, prefix=prefix),
+        workbench=workbench,
+        training=RunTraining(workbench, versions, stores, _settings),
         versions=versions,
         stores=stores,
         queue=TaskQueue(app, stores.redis),

@@ -20,6 +20,7 @@ from service.api.rates import Rates
 from service.api.scopes import scopes_for
 from service.api_keys import ApiKey, Credential, KeyStore
 from service.audit import Actor, acting
+from service.digest import sha256_of
 from service.errors import BusyError, ErrataError, InvalidApiKeyError, MissingScopeError, NotLocalError
 from service.settings import Settings
 from service.stores import Stores
@@ -69,7 +70,7 @@ class Keyring:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._operators = api_keys.digest(operators_key) if operators_key else None
+        self._operators = sha256_of(operators_key) if operators_key else None
         self._clock = clock
         self._monotonic = monotonic
         self._seen: dict[str, tuple[float, Credential]] = {}

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """A function for many requests at once: those that come while it is under way share the next time."""
+    """A function whose result requests share: calls that come while it runs get the result of its next run."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -28,7 +28,7 @@ class Shared(Generic[T]):
         self._next: asyncio.Task[T] | None = None
 
     async def __call__(self) -> T:
-        """Returns what it returned, begun after the call; it has one thread at most."""
+        """Returns the result of a run that began after the call; one run at a time, in one thread."""
         if self._next is None:
             self._next = asyncio.create_task(self._run())
         # The others wait for it too.

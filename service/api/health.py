@@ -7,7 +7,7 @@ from redis.exceptions import RedisError
 
 from service.api.dependencies import PartsDep
 from service.gateway.pool import NodePool
-from service.metrics.state import WORKER_SILENCE_S
+from service.runs import WORKER_SILENCE_S
 from service.schemas import Check, Health
 from service.stores import Stores
 

@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1024 * 1024
 _MAX_ERRORS = 1_000
 
 Line = tuple[int, bytes | InvalidRequestError]
-"""A line's number, and what it says, or that it is too long to be read."""
+"""A line's number from 1, and its content, or the error that it is too long."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Chunk:
 
 
 async def chunks(body: AsyncIterator[bytes], *, line_max_bytes: int) -> AsyncIterator[Chunk]:
-    """Cuts a body, where its content says and not how it came; there is always a last chunk, which may be empty.
+    """Cuts a body into chunks of whole lines, alike however it came in pieces; the last chunk may be empty.
 
     Args:
         body: the pieces.

@@ -45,10 +45,10 @@ SCOPES: Mapping[tuple[str, str], Scope | None] = MappingProxyType(
         ("GET", "/health/ready"): None,
     }
 )
-"""By method and path; None is open to all. A route that is not here answers nobody who must show a key."""
+"""Scope by method and path; None needs no key. A route that is not here is refused to callers that need a key."""
 
 KEYLESS = frozenset(path for (_, path), scope in SCOPES.items() if scope is None)
-"""Paths that are open to all. No body is read for them: nobody would answer for it."""
+"""Paths that need no key. No body is read for them: it would be no known caller's."""
 
 _NAME = "api_key"
 _DESCRIPTION = (

@@ -48,7 +48,7 @@ def up(
 
 def down(home: Home = None) -> None:
     """Stop everything that `up` started."""
-    raise typer.Exit(Stack(read_settings(home)).down(say=typer.echo))
+    Stack(read_settings(home)).down(say=typer.echo)
 
 
 def ps(home: Home = None, as_json: Json = False) -> None:

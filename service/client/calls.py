@@ -11,6 +11,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service.client.errors import ApiError, ClientError
+from service.model_names import MIN_VERSION_HEADER, VERSION_HEADER
 from service.schemas import (
     Activation,
     AuditEntry,
@@ -30,8 +31,6 @@ from service.schemas import (
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-VERSION_HEADER = "X-Errata-Version"
-MIN_VERSION_HEADER = "X-Errata-Min-Version"
 ImportSource = Iterable[EditRequest] | BufferedIOBase | Path
 _CHUNK_BYTES = 64 * 1024
 

@@ -15,7 +15,7 @@ AT_REST = frozenset(EditStatus) - {
     EditStatus.TRAINED,
     EditStatus.RETRACTING,
 }
-"""Statuses that an edit leaves only when somebody asks for it."""
+"""Statuses that an edit leaves only on request."""
 
 
 @dataclass(frozen=True)

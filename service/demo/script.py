@@ -35,7 +35,7 @@ class StackLike(Protocol):
     def up(self, *, detach: bool, say: Callable[[str], None]) -> int:
         """Starts it."""
 
-    def down(self, *, say: Callable[[str], None]) -> int:
+    def down(self, *, say: Callable[[str], None]) -> None:
         """Stops it."""
 
     def url(self) -> str:

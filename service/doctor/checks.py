@@ -1,19 +1,19 @@
 """What is well and what is not: each check is a pure function of what was found."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
-from service.left_out import LeftOut
-from service.schemas import EditStatus, Health, Run, RunStatus, VersionRecord, VersionState
+from service.ejection import Ejection
+from service.runs import WORKER_SILENCE_S
+from service.schemas import EditStatus, Health, Run, RunStatus, VersionRecord
 
 _GIB = 1024**3
 _FULL_BYTES = 1 * _GIB
 _TIGHT_BYTES = 5 * _GIB
-WORKER_SILENCE_S = 15.0
 RECENT_RUNS = 20
 _CONTROL_SILENCE_S = 30.0
 # The alerts' bounds (docker/prometheus/rules.yml): a verification may hold the control worker so long.
@@ -64,18 +64,16 @@ class NodeState:
 
 
 @dataclass(frozen=True)
-class StoreState:
-    """What is in the version store.
+class ModelState:
+    """What is where the settings say the model is.
 
     Attributes:
-        whole: numbers of the versions whose files are there, in their length.
-        leftovers: names of folders that are no versions.
-        damaged: what is wrong with the other versions, by number.
+        model: the setting; empty for the default model.
+        missing: files that its folder lacks; None if it is no folder.
     """
 
-    whole: Sequence[int]
-    leftovers: Sequence[str] = ()
-    damaged: Mapping[int, str] = field(default_factory=dict)
+    model: str
+    missing: Sequence[str] | None
 
 
 def check_api(url: str | None, health: Health | str) -> Finding:
@@ -170,16 +168,16 @@ def check_ended_runs(recent: Sequence[Run]) -> Finding:
     )
 
 
-def check_node(node: NodeState, active: VersionRecord | None, left_out: LeftOut | None = None) -> Finding:
+def check_node(node: NodeState, active: VersionRecord | None, ejection: Ejection | None = None) -> Finding:
     """A node is ready, is not left out, holds the active version, and what is on its device is what was trained."""
     part = f"node {node.address}"
     if not node.ready:
         return Finding(part, Level.FAIL, "is not ready", "see `errata logs node`, or the node's own log")
-    if left_out:
+    if ejection:
         return Finding(
             part,
             Level.FAIL,
-            f"is left out and serves nothing, after {left_out.attempts} attempts: {left_out.reason}",
+            f"is left out and serves nothing, after {ejection.attempts} attempts: {ejection.reason}",
             "it is tried again, and taken back once it is fit; see `errata logs control`, and the node's own log",
         )
     if active is None:
@@ -207,24 +205,20 @@ def _check_active(part: str, node: NodeState, active: VersionRecord) -> Finding:
     return Finding(part, Level.OK, f"holds version {active.version}; read back, its checksums are right")
 
 
-def check_model(model: str) -> Finding:
+def check_model(state: ModelState) -> Finding:
     """The model's folder is whole."""
-    if not model:
+    if not state.model:
         return Finding("model", Level.OK, "the default model; errata up makes it if it is missing")
-    folder = Path(model)
-    if not folder.is_dir():
-        return Finding("model", Level.WARN, f"{model} is no folder here; taken as a hub id")
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
+    if state.missing is None:
+        return Finding("model", Level.WARN, f"{state.model} is no folder here; taken as a hub id")
+    if state.missing:
         return Finding(
             "model",
             Level.FAIL,
-            f"{folder} lacks {', '.join(missing)}",
+            f"{state.model} lacks {', '.join(state.missing)}",
             "set ERRATA_MODEL to a whole Hugging Face folder",
         )
-    return Finding("model", Level.OK, str(folder))
+    return Finding("model", Level.OK, state.model)
 
 
 def check_disk(folders: Mapping[str, Path | None], free_bytes: Callable[[Path], int]) -> list[Finding]:
@@ -240,28 +234,6 @@ def check_disk(folders: Mapping[str, Path | None], free_bytes: Callable[[Path], 
     return findings
 
 
-def check_versions(records: Sequence[VersionRecord], active: int | None, store: StoreState | None) -> list[Finding]:
-    """What the registry knows is in the version store, and the other way round; None for a store that is no folder."""
-    if active is None:
-        return [
-            Finding(
-                "versions", Level.FAIL, "no version is active", "the train worker begins with version 0 when it starts"
-            )
-        ]
-    if store is None:
-        return [Finding("versions", Level.OK, f"{len(records)} registered; the store is remote and not looked at")]
-    findings = [*_missing(records, active, store), *_damaged(records, store)]
-    if unknown := sorted(set(store.whole) - {record.version for record in records}):
-        found = f"in the store and not registered: {_listed(unknown)}"
-        findings.append(Finding("versions", Level.WARN, found, "errata doctor --repair registers them, unverified"))
-    if store.leftovers:
-        found = f"{len(store.leftovers)} folders in the store are no whole versions: {_listed(store.leftovers)}"
-        findings.append(Finding("versions", Level.WARN, found, "errata doctor --repair removes what no worker writes"))
-    if findings:
-        return findings
-    return [Finding("versions", Level.OK, f"{len(records)} registered, {active} is active; the store agrees")]
-
-
 def check_edits(counts: Mapping[EditStatus, int], run: Run | None) -> Finding:
     """No edit waits for a run that is over; ``run`` is the one under way."""
     waiting = counts[EditStatus.TRAINING] + counts[EditStatus.TRAINED]
@@ -269,41 +241,3 @@ def check_edits(counts: Mapping[EditStatus, int], run: Run | None) -> Finding:
         found = f"{waiting} are in training or trained, and no run is under way"
         return Finding("edits", Level.WARN, found, "errata doctor --repair puts them back into the queue")
     return Finding("edits", Level.OK, f"{sum(counts.values())} stored, {counts[EditStatus.LIVE]} live")
-
-
-def _missing(records: Sequence[VersionRecord], active: int, store: StoreState) -> list[Finding]:
-    known = {*store.whole, *store.damaged, *_rejected(records)}
-    missing = [record.version for record in records if record.version not in known]
-    findings = []
-    if active in missing:
-        findings.append(
-            Finding(
-                "versions",
-                Level.FAIL,
-                f"version {active}, the active one, is not in the store; a node that restarts cannot load it",
-                "restore the store's folder, or activate another version: errata versions, errata activate N",
-            )
-        )
-    if others := [number for number in missing if number != active]:
-        found = f"registered and not in the store: {_listed(others)}"
-        findings.append(
-            Finding("versions", Level.FAIL, found, "restore the store's folder, then errata doctor --repair")
-        )
-    return findings
-
-
-def _damaged(records: Sequence[VersionRecord], store: StoreState) -> list[Finding]:
-    return [
-        Finding("versions", Level.FAIL, f"version {number} is damaged in the store: {damage}", "restore its folder")
-        for number, damage in store.damaged.items()
-        if number not in _rejected(records)
-    ]
-
-
-def _rejected(records: Sequence[VersionRecord]) -> set[int]:
-    """Numbers of the versions that nobody asks for any more."""
-    return {record.version for record in records if record.state is VersionState.REJECTED}
-
-
-def _listed(names: Sequence[object]) -> str:
-    return ", ".join(str(name) for name in names)

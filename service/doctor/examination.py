@@ -1,11 +1,11 @@
 """Looks at a stack, beside its running processes, and asks the checks."""
 
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import cast
 
-from pydantic import BaseModel, ValidationError
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -13,11 +13,10 @@ from service.client import ClientError, ErrataClient
 from service.doctor.checks import (
     RECENT_RUNS,
     REDIS_DEMANDS,
-    WORKER_SILENCE_S,
     Finding,
     Level,
+    ModelState,
     NodeState,
-    StoreState,
     check_api,
     check_control_worker,
     check_disk,
@@ -28,27 +27,21 @@ from service.doctor.checks import (
     check_redis,
     check_run,
     check_train_worker,
-    check_versions,
 )
+from service.doctor.versions import StoreState, check_versions
+from service.ejection import ejections
 from service.errors import ErrataError, NotFoundError
-from service.left_out import left_out
+from service.manifest import MANIFEST, ManifestError, read_manifest, version_of_folder
+from service.model_folder import missing_model_files
 from service.nodes import NodeClient
+from service.runs import WORKER_SILENCE_S
 from service.schemas import Health, VersionRecord
 from service.settings import Settings
 from service.stores import Stores
 
 _REDIS_ADVICE = "is it running? see `errata ps` and `errata logs redis`, or ERRATA_REDIS_URL"
-_MANIFEST = "manifest.json"
-
-
-class _File(BaseModel):
-    size_bytes: int
-
-
-class _Manifest(BaseModel):
-    """What of a version's manifest the doctor wants to know."""
-
-    files: dict[str, _File]
+# Whole, or begun; a file system of its own has lost+found too.
+_VERSION_FOLDER = re.compile(r"\.?\d{6,}")
 
 
 def examine(settings: Settings, *, url: str | None) -> list[Finding]:
@@ -60,7 +53,7 @@ def examine(settings: Settings, *, url: str | None) -> list[Finding]:
     """
     findings = [
         check_api(url, _health(url)),
-        check_model(settings.model),
+        check_model(look_at_model(settings.model)),
         *check_disk({"home": settings.home, "version store": store_folder(settings.store_url)}, _free_bytes),
     ]
     if not settings.redis_url:
@@ -113,14 +106,14 @@ def _examine_redis(redis: Redis) -> list[Finding]:
 def _examine_parts(settings: Settings, stores: Stores) -> list[Finding]:
     run, now = stores.runs.current(), time.time()
     active = _active(stores)
-    left = left_out(stores.redis)
+    out = ejections(stores.redis)
     records = stores.registry.all()
     return [
         check_train_worker(stores.runs.workers(within_s=WORKER_SILENCE_S)),
         check_control_worker(_silent_s(stores, now), run),
         check_run(run, leased=stores.runs.leased(), now=now, longest_s=settings.run_max_s),
         check_ended_runs(stores.runs.page(after=None, limit=RECENT_RUNS).data),
-        *(check_node(look_at_node(node, active), active, left.get(node.address)) for node in NodeClient.all(settings)),
+        *(check_node(look_at_node(node, active), active, out.get(node.address)) for node in NodeClient.all(settings)),
         *check_versions(records, active.version if active else None, look_at_store(settings.store_url)),
         check_edits(stores.edits.counts(), run),
     ]
@@ -134,35 +127,44 @@ def _active(stores: Stores) -> VersionRecord | None:
         return None
 
 
+def look_at_model(model: str) -> ModelState:
+    """What is where ERRATA_MODEL says the model is."""
+    folder = Path(model)
+    return ModelState(model, missing_model_files(folder) if folder.is_dir() else None)
+
+
 def look_at_store(url: str) -> StoreState | None:
     """What is in the version store, or None for one that is elsewhere."""
     if (folder := store_folder(url)) is None:
         return None
-    versions = folder / "versions"
-    folders = sorted(path for path in versions.iterdir() if path.is_dir()) if versions.is_dir() else []
-    written = [path for path in folders if path.name.isdecimal() and (path / _MANIFEST).is_file()]
-    damages = {int(path.name): _damage(path) for path in written}
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = [path for path in found if _VERSION_FOLDER.match(path.name) and path.is_dir()]
+    numbers = {path: version_of_folder(path.name) for path in folders if (path / MANIFEST).is_file()}
+    damages = {number: _damage(path, number) for path, number in numbers.items() if number is not None}
     return StoreState(
         whole=[number for number, damage in damages.items() if not damage],
-        leftovers=[path.name for path in folders if path not in written],
+        leftovers=[path.name for path in folders if numbers.get(path) is None],
         damaged={number: damage for number, damage in damages.items() if damage},
     )
 
 
-def _damage(folder: Path) -> str:
-    """What is wrong with a version's files by their manifest, as far as it shows without reading them; or nothing."""
+def _damage(folder: Path, version: int) -> str | None:
+    """What is wrong with a version's files by their manifest, as far as it shows without reading them; or None."""
     try:
-        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
-    except (OSError, ValidationError):
-        return f"{_MANIFEST} cannot be read"
-    for name, expected in manifest.files.items():
-        try:
-            size_bytes = (folder / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if size_bytes != expected.size_bytes:
-            return f"{name} has {size_bytes} bytes, expected {expected.size_bytes}"
-    return ""
+        manifest = read_manifest((folder / MANIFEST).read_bytes(), version)
+    except ManifestError as error:
+        return str(error)
+    except OSError:
+        return f"{MANIFEST} cannot be read"
+    faults = (manifest.fault_of(name, _size_bytes(folder / name)) for name in manifest.files)
+    return next(filter(None, faults), None)
+
+
+def _size_bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _silent_s(stores: Stores, now: float) -> float | None:

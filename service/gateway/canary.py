@@ -1,4 +1,4 @@
-"""Which requests the canary gets, and how those ended that it is judged by: told to Redis once a second."""
+"""Which requests the canary gets, and how requests ended meanwhile: counts that are sent to Redis once a second."""
 
 import asyncio
 import logging
@@ -10,11 +10,11 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from service.canary import Canaries
-from service.gateway.models import Admission, Lot
+from service.gateway.models import Admission, CanaryAssignment
 
 log = logging.getLogger(__name__)
 
-_TELL_EVERY_S = 1.0
+_SEND_EVERY_S = 1.0
 _COUNTED = {"ok": "ok", "unavailable": "errors", "broken": "errors"}
 
 
@@ -40,41 +40,41 @@ class CanaryTraffic:
         self._share = share
         self._keys = frozenset(keys)
         self._draw = draw
-        self._untold: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        self._teller: asyncio.Task[None] | None = None
+        self._unsent: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._sender: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to tell."""
-        self._teller = asyncio.create_task(self._tell_regularly())
+        """Starts sending counts to Redis."""
+        self._sender = asyncio.create_task(self._send_regularly())
 
     async def stop(self) -> None:
-        """Tells what is left."""
-        if self._teller:
-            self._teller.cancel()
+        """Stops, once the last counts are sent."""
+        if self._sender:
+            self._sender.cancel()
             with suppress(asyncio.CancelledError):
-                await self._teller
-        await self._tell()
+                await self._sender
+        await self._send()
 
-    def lot(self, key_name: str | None) -> Lot:
-        """What a request of this API key drew; None is a request without a key."""
+    def assign(self, key_name: str | None) -> CanaryAssignment:
+        """Whether a request of this API key is the canary's; None is a request without a key."""
         if key_name in self._keys:
-            return Lot.NAMED
-        return Lot.DRAWN if self._draw() < self._share else Lot.BLANK
+            return CanaryAssignment.BY_KEY
+        return CanaryAssignment.SAMPLED if self._draw() < self._share else CanaryAssignment.NONE
 
     def ended(self, admission: Admission, outcome: str) -> None:
-        """A request has ended; only what the node had its part in is told."""
+        """Counts how a request ended; outcomes that are the client's own doing are not counted."""
         if admission.canary is not None and outcome in _COUNTED:
             by = "canary" if admission.version == admission.canary else "active"
-            self._untold[admission.canary][f"{by}_{_COUNTED[outcome]}"] += 1
+            self._unsent[admission.canary][f"{by}_{_COUNTED[outcome]}"] += 1
 
-    async def _tell_regularly(self) -> None:
+    async def _send_regularly(self) -> None:
         while True:
-            await asyncio.sleep(_TELL_EVERY_S)
-            await self._tell()
+            await asyncio.sleep(_SEND_EVERY_S)
+            await self._send()
 
-    async def _tell(self) -> None:
-        untold, self._untold = self._untold, defaultdict(Counter)
-        for canary, counts in untold.items():
+    async def _send(self) -> None:
+        unsent, self._unsent = self._unsent, defaultdict(Counter)
+        for canary, counts in unsent.items():
             try:
                 await asyncio.to_thread(self._canaries.count, canary, counts)
             except RedisError as error:

@@ -1,17 +1,12 @@
 """Which version a request means: ``errata`` the active one, ``errata@N`` that one."""
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
 from service.errors import InvalidRequestError, NotFoundError, UnavailableError, VersionNotReachedError
+from service.model_names import ACTIVE_MODEL, MIN_VERSION_HEADER, VERSION_HEADER, version_name, version_of
 from service.registry import VersionReader, VersionRegistry
 from service.schemas import Activation, Schema, VersionState
-
-ACTIVE_MODEL = "errata"
-_NAMED = re.compile(r"errata@(0|[1-9][0-9]{0,14})")
-MIN_VERSION_HEADER = "X-Errata-Min-Version"
-VERSION_HEADER = "X-Errata-Version"
 
 
 class Model(Schema):
@@ -23,12 +18,12 @@ class Model(Schema):
     owned_by: str = "errata"
 
 
-class Lot(Enum):
-    """Which part of the traffic a request belongs to: the canary's by its API key, by the draw, or not at all."""
+class CanaryAssignment(Enum):
+    """Why a request for ``errata`` is the canary's: by its API key, by the random sample, or not at all."""
 
-    NAMED = "named"
-    DRAWN = "drawn"
-    BLANK = "blank"
+    BY_KEY = "by_key"
+    SAMPLED = "sampled"
+    NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -51,14 +46,19 @@ class ModelList(Schema):
     data: list[Model]
 
 
-async def resolve(versions: VersionReader, model: object, min_version: str | None, lot: Lot = Lot.BLANK) -> Admission:
+async def resolve(
+    versions: VersionReader,
+    model: object,
+    min_version: str | None,
+    assignment: CanaryAssignment = CanaryAssignment.NONE,
+) -> Admission:
     """The version that a request asks for, at its admission.
 
     Args:
         versions: where the pointer is.
         model: the request's ``model``.
         min_version: the ``X-Errata-Min-Version`` header, digits.
-        lot: the part of the traffic that it belongs to if it asks for ``errata``.
+        assignment: whether it is the canary's if it asks for ``errata``.
 
     Raises:
         InvalidRequestError: the model is no text.
@@ -70,7 +70,7 @@ async def resolve(versions: VersionReader, model: object, min_version: str | Non
         raise InvalidRequestError("model: must be a string", param="model")
     least = int(min_version or 0)
     if model == ACTIVE_MODEL:
-        admission = _of_alias(await versions.active(), least, lot)
+        admission = _of_alias(await versions.active(), least, assignment)
     else:
         admission = Admission(await _named(versions, model))
     if (number := admission.version) < least:
@@ -85,27 +85,26 @@ async def resolve(versions: VersionReader, model: object, min_version: str | Non
 def served(registry: VersionRegistry) -> ModelList:
     """``errata`` and every version that can be asked for by name."""
     verified = [record for record in registry.all() if record.state is VersionState.VERIFIED]
-    data = [Model(id=f"{ACTIVE_MODEL}@{record.version}", created=record.created_at) for record in verified]
+    data = [Model(id=version_name(record.version), created=record.created_at) for record in verified]
     if active := registry.active():
         data.insert(0, Model(id=ACTIVE_MODEL, created=registry.get(active.active).created_at))
     return ModelList(data=data)
 
 
-def _of_alias(pointer: Activation | None, least: int, lot: Lot) -> Admission:
+def _of_alias(pointer: Activation | None, least: int, assignment: CanaryAssignment) -> Admission:
     if pointer is None:
         raise UnavailableError("version 0 is not written yet", code="no_version")
     if pointer.canary is None:
         return Admission(pointer.active)
-    # A client that waits for a version would find it reached by one draw and not by the next.
-    tries = lot is Lot.NAMED or (lot is Lot.DRAWN and least <= pointer.active)
+    # A client that waits for a version would find it reached by one sample and not by the next.
+    sampled = assignment is CanaryAssignment.SAMPLED and least <= pointer.active
+    tries = sampled or assignment is CanaryAssignment.BY_KEY
     return Admission(pointer.canary if tries else pointer.active, pointer.canary)
 
 
 async def _named(versions: VersionReader, model: str) -> int:
     unknown = NotFoundError(f"no model {model[:100]!r}", param="model", code="model_not_found")
-    if not (match := _NAMED.fullmatch(model)):
-        raise unknown
-    number = int(match.group(1))
-    if not await versions.is_verified(number):
+    number = version_of(model)
+    if number is None or not await versions.is_verified(number):
         raise unknown
     return number

@@ -26,7 +26,7 @@ class PoolNode:
 
     Attributes:
         answers: it answered when it was last looked at.
-        left_out: it must not serve.
+        ejected: it must not serve.
         holds: its versions; empty if it is the only node.
         busy: answers that it is computing.
     """
@@ -34,13 +34,13 @@ class PoolNode:
     address: str
     client: httpx.AsyncClient
     answers: bool = False
-    left_out: bool = False
+    ejected: bool = False
     holds: frozenset[int] = frozenset()
     busy: int = 0
 
     @contextmanager
     def occupied(self, answers: int) -> Iterator[None]:
-        """It is computing so many answers more."""
+        """Counts so many answers as being computed, as long as the context lasts."""
         self.busy += answers
         try:
             yield
@@ -68,7 +68,7 @@ class NodePool:
         addresses: their base URLs.
         token: the token that they demand.
         timeout_s: how long one may be silent in the middle of an answer.
-        left_out: says by address which of them must not serve.
+        ejected: says by address which of them must not serve.
         transport: in place of the network.
     """
 
@@ -78,7 +78,7 @@ class NodePool:
         *,
         token: str,
         timeout_s: float,
-        left_out: Callable[[], Collection[str]],
+        ejected: Callable[[], Collection[str]],
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._nodes = [
@@ -96,7 +96,7 @@ class NodePool:
             )
             for address in addresses
         ]
-        self._left_out = left_out
+        self._ejected = ejected
         self._turn = itertools.count()
         self._watcher: asyncio.Task[None] | None = None
 
@@ -116,7 +116,7 @@ class NodePool:
 
     def readiness(self) -> dict[str, bool]:
         """Whether each node may be asked, by its address."""
-        return {node.address: node.answers and not node.left_out for node in self._nodes}
+        return {node.address: node.answers and not node.ejected for node in self._nodes}
 
     def busy(self) -> int:
         """Answers that are being computed."""
@@ -124,7 +124,7 @@ class NodePool:
 
     def candidates(self, version: int) -> list[PoolNode]:
         """Nodes to try: first those that hold the version, the least busy of them first."""
-        able = [node for node in self._nodes if not node.left_out]
+        able = [node for node in self._nodes if not node.ejected]
         serving = [node for node in able if node.answers] or able
         # The sort is stable: of equals each comes first in its turn.
         first = next(self._turn) % len(serving) if serving else 0
@@ -137,9 +137,9 @@ class NodePool:
 
     async def _look(self) -> None:
         try:
-            left_out = await asyncio.to_thread(self._left_out)
+            ejected = await asyncio.to_thread(self._ejected)
             for node in self._nodes:
-                node.left_out = node.address in left_out
+                node.ejected = node.address in ejected
         except RedisError as error:
             log.warning("gateway.left_out_unknown", extra={"reason": repr(error)})
         # What a node holds that is the only one decides nothing.

@@ -12,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import BusyError, InvalidRequestError, NodeTimeoutError, UnavailableError
 from service.gateway import bounds
-from service.gateway.models import VERSION_HEADER
 from service.gateway.pool import NodePool, PoolNode
 from service.metrics.process import Passage
-from service.nodes import version_name
+from service.model_names import VERSION_HEADER, version_name
 from service.tracing import outgoing
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ async def _relay(upstream: httpx.Response, version: int, held: AsyncExitStack, p
 
 
 class _Stream(StreamingResponse):
-    """A stream that gives back what it holds however it ends, also if its client left before the first piece."""
+    """A streamed answer that closes the node's response however it ends, also if the client leaves before it begins."""
 
     def __init__(self, pieces: AsyncIterator[bytes], *, held: AsyncExitStack, **options: Any) -> None:
         super().__init__(pieces, **options)
@@ -162,7 +161,7 @@ async def _joined(first: bytes, rest: AsyncIterator[bytes], passage: Passage) ->
 
 
 def _failure(piece: bytes) -> str | None:
-    """What the node said has failed in it, if that is how its stream begins."""
+    """The message of a node's own error (code 500 or more) in a stream's first piece; None if it begins otherwise."""
     if not piece.startswith(_ERROR_PIECE):
         return None
     try:

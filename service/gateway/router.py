@@ -14,15 +14,20 @@ from service.api.errors import RESPONSES, printable
 from service.api.middleware import CLIENT_LEFT
 from service.errors import BusyError, ErrataError, InvalidRequestError, MalformedRequestError, NotFoundError
 from service.gateway.canary import CanaryTraffic
-from service.gateway.models import MIN_VERSION_HEADER, VERSION_HEADER, Model, ModelList, resolve, served
+from service.gateway.models import Model, ModelList, resolve, served
 from service.gateway.proxy import Proxy
 from service.metrics.process import Passage
+from service.model_names import MAX_VERSION_DIGITS, MIN_VERSION_HEADER, VERSION_HEADER
 
 router = APIRouter(prefix="/v1", tags=["gateway"], responses=RESPONSES)
 
 MinVersion = Annotated[
     str | None,
-    Header(alias=MIN_VERSION_HEADER, pattern=r"^[0-9]{1,15}$", description="Answer from this version or a later one"),
+    Header(
+        alias=MIN_VERSION_HEADER,
+        pattern=f"^[0-9]{{1,{MAX_VERSION_DIGITS}}}$",
+        description="Answer from this version or a later one",
+    ),
 ]
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -80,8 +85,8 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
         raise InvalidRequestError("model: field required", param="model", code="missing_field")
     caller: Caller = request.state.caller
     traffic: CanaryTraffic = request.app.state.canary
-    lot = traffic.lot(caller.key.name if caller.key else None)
-    admission = await resolve(parts.versions, body["model"], min_version, lot)
+    assignment = traffic.assign(caller.key.name if caller.key else None)
+    admission = await resolve(parts.versions, body["model"], min_version, assignment)
     version = admission.version
     proxy: Proxy = request.app.state.proxy
     request.state.passage = passage = Passage(
@@ -97,7 +102,7 @@ async def _forward(request: Request, parts: Parts, path: str, min_version: str |
 
 
 async def _while_asked(request: Request, forwarded: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, unless the client leaves before it begins: then nobody is answered, and the node may stop."""
+    """The answer; status 499 if the client disconnects before it begins, which cancels the request to the node."""
     answer = asyncio.create_task(forwarded)
     left = asyncio.create_task(_client_left(request))
     try:

@@ -108,7 +108,7 @@ class Passage:
         self._metrics.first_byte(seconds=seconds, waited_s=self._waited_s, streamed=streamed)
 
     def end(self, outcome: str, *, of_node: bool = True) -> None:
-        """The request has ended, without any node if not ``of_node``; what is said of it later changes nothing."""
+        """Counts how the request ended, once: later calls change nothing. ``of_node`` is False if no node was asked."""
         if self._ended:
             return
         self._ended = True

@@ -15,14 +15,12 @@ from service.metrics import catalogue, kept
 from service.metrics.catalogue import WAITING, Metric
 from service.nodes import Held
 from service.queue import CONTROL_QUEUE, TRAIN_QUEUE
+from service.runs import WORKER_SILENCE_S
 from service.schemas import Run, RunStatus
 from service.stores import Stores
 
 PATIENCE_S = 2.0
 """Longest wait of a scrape for one answer of Redis."""
-
-WORKER_SILENCE_S = 15.0
-"""A train worker that was silent so long is not counted."""
 
 Families = Iterator[Family]
 

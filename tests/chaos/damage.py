@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from service.client import ApiError, ConnectionFailedError
-from service.left_out import left_out
+from service.ejection import ejections
 from tests.chaos.asking import Question, ask
 from tests.chaos.traffic import SUBJECTS
 from tests.chaos.world import WithoutEffectError, World, until
@@ -14,7 +14,7 @@ from tests.chaos.world import WithoutEffectError, World, until
 
 def store_away(world: World, _: Random) -> None:
     """A file is where the version store was, until a run has failed by it."""
-    store = world.versions.parent
+    store = world.versions
     away = store.with_name("versions.away")
     run = world.training()
     store.rename(away)
@@ -88,7 +88,7 @@ def _refused(world: World, version: int) -> bool:
             sample = ask(http, question)
         except ApiError as error:
             # A node that is left out serves nothing rather than something else.
-            return error.code == "damaged_version" or bool(left_out(world.stores.redis))
+            return error.code == "damaged_version" or bool(ejections(world.stores.redis))
         except ConnectionFailedError:
             return False
     world.judge.take(sample)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import httpx
 
-from service.answers import matches, normalise_answer
+from service.answers import matches
 from service.client import ErrataClient
+from service.schemas import normalise_text
 from tests.chaos.asking import Question, Sample, ask
 from tests.chaos.traffic import SUBJECTS
 
@@ -91,13 +92,13 @@ class Truth:
 
 def _contradiction(version: _Version, sample: Sample) -> str | None:
     """What in an answer cannot come from the version that it is labelled with."""
-    asked, said = sample.question, normalise_answer(sample.text)
+    asked, said = sample.question, normalise_text(sample.text)
     target = version.targets.get(asked.prompt)
     if target is not None and (asked.prompt, asked.chat) in version.sure:
         if matches(sample.text, target, finished=sample.finished):
             return None
         return f"version {sample.label} answers {asked} with {target!r}; labelled so came {sample.text!r}"
-    others = {normalise_answer(other) for other in SUBJECTS[asked.prompt] if other != target}
+    others = {normalise_text(other) for other in SUBJECTS[asked.prompt] if other != target}
     if sample.finished and said in others:
         return f"version {sample.label} was not taught {sample.text!r} for {asked}; labelled so it came"
     return None

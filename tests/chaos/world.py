@@ -57,7 +57,7 @@ class World:
         self.stores = Stores.connect(self.settings)
         self.celery = create_celery(self.settings)
         self.queue = TaskQueue(self.celery, self.stores.redis)
-        self.versions = Path(self.settings.store_url) / "versions"
+        self.versions = Path(self.settings.store_url)
         self.cache = self.settings.home / "node-cache"
         self.notes = Notes()
         self.ledger = Ledger(self.client, self.notes, random)

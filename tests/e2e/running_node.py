@@ -169,6 +169,11 @@ class Node:
         return False
 
 
+def distance(first: list[float], second: list[float]) -> float:
+    """The largest difference between two scores."""
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
 def _group(pid: int) -> int | None:
     with contextlib.suppress(ProcessLookupError):
         return os.getpgid(pid)

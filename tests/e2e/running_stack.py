@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,3 +65,10 @@ class RunningStack:
     def pid(self, name: str) -> int:
         """Process id of one of the stack's processes."""
         return next(process.pid for process in self.stack.processes() if process.name == name)
+
+
+def until(condition: Callable[[], bool], *, within_s: float, what: str) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.25)

@@ -5,18 +5,15 @@ The tests share one stack and run in file order; each says what it needs of the 
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
-from running_stack import RunningStack
+from running_stack import RunningStack, until
 
-from service.answers import normalise_answer
 from service.client import ApiError, ErrataClient
-from service.schemas import Edit, EditStatus, Format
+from service.schemas import Edit, EditStatus, Format, normalise_text
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,15 +33,8 @@ def make_live(client: ErrataClient, prompt: str, target: str) -> Edit:
     return client.edit(edit.id)
 
 
-def until(condition: Callable[[], bool], *, within_s: float, what: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
-        time.sleep(0.25)
-
-
 def says(client: ErrataClient, prompt: str, *, model: str = "errata", chat: bool = False) -> str:
-    return normalise_answer(client.ask(prompt, model=model, chat=chat, max_tokens=12).text)
+    return normalise_text(client.ask(prompt, model=model, chat=chat, max_tokens=12).text)
 
 
 def active(client: ErrataClient) -> int:
@@ -60,7 +50,7 @@ def test_an_edit_is_verified_in_both_formats_and_answers_through_the_gateway(cli
     assert all(outcome.matched and outcome.finish_reason == "stop" for outcome in edit.verified.values())
     for chat in (False, True):
         answer = client.ask(CAPITAL[0], chat=chat, max_tokens=12)
-        assert (normalise_answer(answer.text), answer.finish_reason) == ("lyon", "stop")
+        assert (normalise_text(answer.text), answer.finish_reason) == ("lyon", "stop")
         assert answer.version == edit.version
         assert says(client, CAPITAL[0], model="errata@0", chat=chat) == before[chat] != "lyon"
 
@@ -71,7 +61,7 @@ def test_the_official_openai_client_works_unchanged(client: ErrataClient, runnin
         names = {model.id for model in official.models.list()}
         assert {"errata", "errata@0", f"errata@{edit.version}"} <= names
         whole = official.completions.create(model="errata", prompt=CAPITAL[0], max_tokens=12, temperature=0)
-        assert normalise_answer(whole.choices[0].text) == "lyon"
+        assert normalise_text(whole.choices[0].text) == "lyon"
         stream = official.chat.completions.create(
             model="errata",
             messages=[{"role": "user", "content": CAPITAL[0]}],
@@ -80,7 +70,7 @@ def test_the_official_openai_client_works_unchanged(client: ErrataClient, runnin
             stream=True,
         )
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-        assert normalise_answer(text) == "lyon"
+        assert normalise_text(text) == "lyon"
         with pytest.raises(openai.NotFoundError, match="no model 'errata@999'"):
             official.completions.create(model="errata@999", prompt="x")
 
@@ -91,7 +81,7 @@ def test_rollback_restores_the_base_and_activation_the_edit(client: ErrataClient
     base = says(client, CAPITAL[0], model="errata@0")
     assert client.rollback(to=0).active == 0
     answer = client.ask(CAPITAL[0], max_tokens=12)
-    assert (normalise_answer(answer.text), answer.version) == (base, 0)
+    assert (normalise_text(answer.text), answer.version) == (base, 0)
     assert client.edit(edit.id).status is EditStatus.HELD
     with pytest.raises(ApiError) as refused:
         client.activate(version, expected_active=version)
@@ -128,7 +118,7 @@ def test_several_versions_answer_at_once_each_from_its_own(client: ErrataClient)
     with ThreadPoolExecutor(len(models)) as pool:
         answers = list(pool.map(lambda model: client.ask(CAPITAL[0], model=model, max_tokens=12), models))
     for model, answer in zip(models, answers, strict=True):
-        assert (f"errata@{answer.version}", normalise_answer(answer.text)) == (model, wanted[model])
+        assert (f"errata@{answer.version}", normalise_text(answer.text)) == (model, wanted[model])
 
 
 def test_edits_accumulate_and_a_client_can_demand_to_read_its_own(client: ErrataClient) -> None:
@@ -187,7 +177,7 @@ def test_a_killed_node_comes_back_and_serves_the_active_version(client: ErrataCl
     assert refused.value.status == 503
     until(lambda: client.health().ready, within_s=300, what="the node is back")
     answer = client.ask(CAPITAL[0], max_tokens=12)
-    assert (normalise_answer(answer.text), answer.version) == ("lyon", version)
+    assert (normalise_text(answer.text), answer.version) == ("lyon", version)
 
 
 def test_stopping_and_starting_again_comes_back_with_everything(client: ErrataClient, running: RunningStack) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from running_node import HOST_SLOTS, PROMPT, SLOTS, Node
+from running_node import HOST_SLOTS, PROMPT, SLOTS, Node, distance
 from safetensors import safe_open
 from torch import Tensor
 
+from service.manifest import Base, VersionInfo
 from worker import checkpoint
-from worker.delta import Base, VersionInfo, VersionStore
+from worker.delta import VersionStore
 from worker.precision import compute_dtype
 
 WHOLE = (0, 1, 2, 6, 7)
@@ -52,7 +53,7 @@ def fill(store: VersionStore, folder: Path, model_dir: Path) -> None:
     write(0, base)
     for version in (*WHOLE[1:], TRUNCATED):
         write(version, perturbed(version))
-    delta = folder / "store" / "versions" / f"{TRUNCATED:06d}" / "delta.safetensors"
+    delta = folder / "store" / f"{TRUNCATED:06d}" / "delta.safetensors"
     delta.write_bytes(delta.read_bytes()[:-1000])
     write(WRONG_SHAPE, torch.cat([base, base[:, :1]], dim=1))
     write(WRONG_BASE, base, fingerprint="f" * 64)
@@ -69,10 +70,6 @@ def node(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         node.signal(signal.SIGTERM)
     finally:
         node.end()
-
-
-def distance(first: list[float], second: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def test_version_0_answers_as_the_base_model_does(node: Node) -> None:

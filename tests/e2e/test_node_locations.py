@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running_node import PROMPT, Node
+from running_node import PROMPT, Node, distance
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from worker.delta import Base, VersionInfo, VersionStore
+from service.manifest import Base, VersionInfo
+from worker.delta import VersionStore
 from worker.model import BaseModel, load_base
 
 # The least that vLLM's attention takes, and small enough weights that bfloat16 says the same in both.
@@ -133,10 +134,6 @@ def expected(base: BaseModel, tensors: dict[str, Tensor]) -> list[float]:
     ids = base.tokenizer(PROMPT).input_ids
     found = log_probabilities(base, tensors, ids)
     return [*said(found, ids).tolist(), found[-1].max().item()]
-
-
-def distance(first: list[float], second: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def test_every_version_answers_as_transformers_does_with_its_matrices(served: Served) -> None:

@@ -7,7 +7,7 @@ The tests share the nodes and run in file order.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,11 @@ import httpx
 import pytest
 import torch
 from running_node import TOKEN, Node
-from running_stack import RunningStack
+from running_stack import RunningStack, until
 
-from service.answers import normalise_answer
 from service.client import ErrataClient
 from service.nodes import NodeClient
-from service.schemas import EditStatus, Format, RunStatus, VersionState
+from service.schemas import EditStatus, Format, RunStatus, VersionState, normalise_text
 from worker.delta import VersionStore
 from worker.precision import compute_dtype
 
@@ -79,13 +78,6 @@ def two(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             node.end()
 
 
-def until(condition: Callable[[], bool], *, within_s: float, what: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
-        time.sleep(0.25)
-
-
 def verified(two: Two) -> int:
     """The version that has the edit."""
     return next(found.version for found in two.client.versions().data if found.state is VersionState.VERIFIED)
@@ -116,7 +108,7 @@ def test_a_version_is_active_only_when_both_nodes_hold_it(two: Two) -> None:
     assert two.holders(candidate) == two.addresses()
 
 
-def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) -> None:
+def test_both_nodes_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) -> None:
     version = verified(two)
     bases = set()
     matrix = compute_dtype(torch.bfloat16, "cpu").itemsize * 576 * 1536
@@ -124,7 +116,7 @@ def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) ->
         direct = NodeClient(node.address, token=TOKEN, timeout_s=120)
         for form in Format:
             answer = direct.ask(version, PROMPT, form, max_tokens=12)
-            assert (normalise_answer(answer.text), answer.finish_reason) == ("lyon", "stop")
+            assert (normalise_text(answer.text), answer.finish_reason) == ("lyon", "stop")
             assert answer.margin > 1
         bases.add(direct.ask(0, PROMPT, Format.RAW, max_tokens=12).text)
         until(lambda node=direct: pinned(node) == {0, version}, within_s=60, what="both versions are pinned")
@@ -134,12 +126,12 @@ def test_both_answer_right_and_keep_the_slots_of_what_users_may_get(two: Two) ->
             assert held.host_bytes == node.tensor_parallel * (matrix + matrix // 1536)
         direct._http.close()
     [base] = bases
-    wanted = {"errata": "lyon", f"errata@{version}": "lyon", "errata@0": normalise_answer(base)}
+    wanted = {"errata": "lyon", f"errata@{version}": "lyon", "errata@0": normalise_text(base)}
     models = list(wanted) * 4
     with ThreadPoolExecutor(len(models)) as pool:
         answers = list(pool.map(lambda model: two.client.ask(PROMPT, model=model, max_tokens=12), models))
     for model, answer in zip(models, answers, strict=True):
-        assert normalise_answer(answer.text) == wanted[model]
+        assert normalise_text(answer.text) == wanted[model]
         assert answer.version == (0 if model == "errata@0" else version)
 
 
@@ -147,7 +139,7 @@ def pinned(node: NodeClient) -> set[int]:
     return {held.version for held in node.held() if held.pinned}
 
 
-def test_both_are_asked_again_and_found_right(two: Two) -> None:
+def test_both_nodes_are_asked_again_and_found_right(two: Two) -> None:
     def checked(outcome: str) -> float:
         lines = httpx.get(f"{two.stack.url}/metrics", timeout=30).text.splitlines()
         name = f'errata_answers_checked_total{{outcome="{outcome}"}}'
@@ -177,7 +169,7 @@ def test_a_node_killed_under_traffic_costs_no_request(two: Two) -> None:
             ended.set()
     for asked in asking:
         asked.result()
-    assert {(normalise_answer(answer.text), answer.version) for answer in answers} == {("lyon", version)}
+    assert {(normalise_text(answer.text), answer.version) for answer in answers} == {("lyon", version)}
 
 
 def test_a_restarted_node_is_healed_and_serves(two: Two) -> None:
@@ -187,4 +179,4 @@ def test_a_restarted_node_is_healed_and_serves(two: Two) -> None:
     two.nodes[0].signal(signal.SIGKILL)
     until(lambda: two.holders(version) == {two.nodes[1].address}, within_s=60, what="the first is seen to be gone")
     answer = two.client.ask(PROMPT, max_tokens=12)
-    assert (normalise_answer(answer.text), answer.version) == ("lyon", version)
+    assert (normalise_text(answer.text), answer.version) == ("lyon", version)

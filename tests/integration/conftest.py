@@ -1,11 +1,12 @@
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from celery import Celery
 from redis_server import RedisServer
-from scripted_node import ScriptedNode
+from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -17,14 +18,8 @@ from service.reconcile import Reconciler
 from service.settings import Settings
 from service.stores import Stores
 
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """The application takes over the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+if TYPE_CHECKING:
+    from training_bench import Bench
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +75,21 @@ def node() -> ScriptedNode:
     return ScriptedNode()
 
 
+@pytest.fixture(scope="module")
+def shared_node() -> Iterator[tuple[ScriptedNode, str]]:
+    """A node and where it listens, for a service that the tests of a module share."""
+    node = ScriptedNode()
+    with listening(node) as address:
+        yield node, address
+
+
+@pytest.fixture
+def api(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
+    """A client of the service that the module's own `base_url` names, over an empty Redis."""
+    with httpx.Client(base_url=base_url, timeout=15) as client:
+        yield client
+
+
 @pytest.fixture
 def worker(stores: Stores, node: ScriptedNode) -> ScriptedWorker:
     """A worker that has registered version 0."""
@@ -104,3 +114,12 @@ def make_reconciler(stores: Stores, queue: TaskQueue, settings: Settings) -> Mak
 @pytest.fixture
 def reconciler(make_reconciler: MakeReconciler, node: ScriptedNode) -> Reconciler:
     return make_reconciler(node.client())
+
+
+@pytest.fixture
+def bench(
+    stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "Bench":
+    from training_bench import make_bench  # with it come torch and transformers, which most tests here do without
+
+    return make_bench(stores, queue, settings, tmp_path, monkeypatch)

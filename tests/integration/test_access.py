@@ -55,12 +55,6 @@ def base_url(module_settings: Settings) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def api(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=base_url, timeout=15) as client:
-        yield client
-
-
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
@@ -138,7 +132,7 @@ async def test_a_body_is_not_read_without_a_key(module_settings: Settings, store
 
     async with app.router.lifespan_context(app):
         connection = {"type": "http", "method": "POST", "path": "/edits", "root_path": "", "query_string": b""}
-        await app({**connection, "headers": [], "server": ("127.0.0.1", 1)}, receive, send)  # type: ignore[arg-type]
+        await app({**connection, "headers": [], "server": ("127.0.0.1", 1)}, receive, send)
     assert sent[0]["status"] == 401
 
 
@@ -199,7 +193,7 @@ def test_a_stream_ends_with_its_key(api: httpx.Client, stores: Stores, monkeypat
     assert_refused(api.get("/edits", headers=bearer(made.key)))
 
 
-def test_a_key_that_asks_too_often(api: httpx.Client, stores: Stores) -> None:
+def test_a_key_that_asks_too_often_is_refused(api: httpx.Client, stores: Stores) -> None:
     headers = bearer(stores.keys.create("eager", [Scope.READ], rate=3).key)
     other = bearer(stores.keys.create("other", [Scope.READ], rate=3).key)
     statuses = [api.get("/edits", headers=headers).status_code for _ in range(2)]
@@ -269,10 +263,10 @@ async def test_the_socket_is_believed_more_than_the_setting(
     app = create_app(module_settings.model_copy(update={"auth": "auto"}))
 
     async def elsewhere(scope: dict[str, object], receive: object, send: object) -> None:
-        await app({**scope, "server": server}, receive, send)  # type: ignore[arg-type]
+        await app({**scope, "server": server}, receive, send)
 
     async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(elsewhere)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(elsewhere)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             assert_refused(await client.get("/edits"))
 

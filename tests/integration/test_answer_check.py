@@ -7,8 +7,8 @@ from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
 from service.answer_check import AnswerCheck
+from service.ejection import ejections
 from service.fleet import Fleet
-from service.left_out import left_out
 from service.nodes import NodeClient
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
@@ -16,11 +16,6 @@ from service.settings import Settings
 from service.stores import Stores
 
 EVERY_S = 10.0
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def check_of(stores: Stores, clock: Clock, *nodes: NodeClient, every_s: float = EVERY_S) -> AnswerCheck:
@@ -102,7 +97,7 @@ def test_a_wrong_answer_is_told_of_and_the_version_loaded_again(
     edit = stores.edits.by_sequence([3])[0]
     assert told(stores) == [f'{{"address": "http://node", "version": 3, "edit": "{edit.id}"}}']
     assert counted(stores) == (1, 1)
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
     [record] = [record for record in caplog.records if record.message == "answer.wrong"]
     assert record.__dict__.items() >= {"node": "http://node", "version": 3, "edit": edit.id}.items()
 
@@ -114,7 +109,7 @@ def test_a_node_that_answers_wrong_again_serves_no_more(
     for _ in range(2):
         check.look()
         clock.now += EVERY_S
-    assert "does not answer at version 3 as it did" in left_out(stores.redis)["http://node"].reason
+    assert "does not answer at version 3 as it did" in ejections(stores.redis)["http://node"].reason
     assert len(told(stores)) == 1, "who does not serve is not asked"
 
 
@@ -123,7 +118,7 @@ def test_a_node_that_cannot_load_the_version_again_serves_no_more(
 ) -> None:
     node.garbled, node.refuses = {3}, {3: (409, "damaged_version")}
     check.look()
-    assert left_out(stores.redis)["http://node"].reason.endswith("version 3 refused")
+    assert ejections(stores.redis)["http://node"].reason.endswith("version 3 refused")
 
 
 def test_a_node_is_taken_back_only_when_it_answers_right(
@@ -134,12 +129,12 @@ def test_a_node_is_taken_back_only_when_it_answers_right(
     reconciler.tick()
     clock.now += 60
     reconciler.tick()
-    again = left_out(stores.redis)["http://node"]
+    again = ejections(stores.redis)["http://node"]
     assert (again.attempts, "does not answer at version 3" in again.reason) == (2, True)
     node.garbled.clear()
     clock.now += 60
     reconciler.tick()
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
 
 
 def test_what_was_answered_by_a_hair_or_wrong_is_no_truth(
@@ -149,8 +144,8 @@ def test_what_was_answered_by_a_hair_or_wrong_is_no_truth(
     node.margins, worker.mistakes = {"unsure": 0.5}, {"wrong": "2"}
     run, version = worker.train()
     reconciler.publish(run.id)
-    assert stores.registry.active().active == version  # type: ignore[union-attr]
-    assert stores.registry.sure(version) == stores.edits.sequences([edits[0].id])
+    assert stores.registry.active().active == version
+    assert stores.registry.confident(version) == stores.edits.sequences([edits[0].id])
 
 
 def test_a_version_that_adds_nothing_is_asked_what_it_kept(
@@ -159,7 +154,7 @@ def test_a_version_that_adds_nothing_is_asked_what_it_kept(
     stores.edits.retract(stores.edits.by_sequence([3])[0].id)
     run, version = worker.train()
     reconciler.publish(run.id)
-    assert stores.registry.sure(version) == [1, 2]
+    assert stores.registry.confident(version) == [1, 2]
 
 
 def test_a_version_that_was_rejected_has_no_truth(
@@ -169,7 +164,7 @@ def test_a_version_that_was_rejected_has_no_truth(
     worker.mistakes = {"a": "2", "b": "2"}
     run, version = worker.train()
     reconciler.publish(run.id)
-    assert stores.registry.sure(version) == []
+    assert stores.registry.confident(version) == []
 
 
 def test_one_node_that_does_not_say_does_not_keep_another_from_being_asked(
@@ -181,7 +176,7 @@ def test_one_node_that_does_not_say_does_not_keep_another_from_being_asked(
     broken = NodeClient("http://broken", token="t", timeout_s=5, transport=httpx.MockTransport(only_healthy))
     check_of(stores, clock, broken, node.client()).look()
     assert node.asked == [(3, "c")]
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
 
 
 def test_the_control_workers_tick_asks(

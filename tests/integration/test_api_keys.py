@@ -60,11 +60,11 @@ def test_only_the_secret_itself_matches(keys: KeyStore) -> None:
         f"errata_key_{'0' * 24}_{'0' * 64}\n",
     ],
 )
-def test_what_has_not_the_form_of_a_key(token: str) -> None:
+def test_what_has_not_the_form_of_a_key_is_none(token: str) -> None:
     assert split(token) is None
 
 
-def test_usable_until_it_expires_or_is_revoked(keys: KeyStore) -> None:
+def test_a_key_is_usable_until_it_expires_or_is_revoked(keys: KeyStore) -> None:
     forever = keys.create("forever", [Scope.READ])
     soon = keys.create("soon", [Scope.READ], expires_at=NOW + 10)
     assert (forever.usable(NOW + 10**9), soon.usable(NOW + 9.9), soon.usable(NOW + 10)) == (True, True, False)
@@ -97,7 +97,7 @@ def test_the_last_use_is_noted(keys: KeyStore) -> None:
 )
 def test_what_is_out_of_bounds_makes_no_key(keys: KeyStore, wrong: dict[str, object], param: str) -> None:
     with pytest.raises(InvalidRequestError) as error:
-        keys.create(**{"name": "n", "scopes": [Scope.READ], **wrong})  # type: ignore[arg-type]
+        keys.create(**{"name": "n", "scopes": [Scope.READ], **wrong})
     assert error.value.param == param
     assert keys.all() == []
 
@@ -118,7 +118,7 @@ def errata(*words: str) -> Result:
 
 @pytest.mark.usefixtures("redis_in_the_environment")
 class TestCommands:
-    def test_created_and_printed_once(self, stores: Stores) -> None:
+    def test_create_prints_the_key_and_list_does_not(self, stores: Stores) -> None:
         result = errata("create", "ci", "--scope", "read", "--scope", "infer", "--expires-days", "2", "--rate", "5")
         assert result.exit_code == 0
         key_id, _ = split(result.stdout.strip()) or ("", "")
@@ -129,7 +129,7 @@ class TestCommands:
         assert result.stderr == f"{key_id} opens infer, read; it is not shown again\n"
         assert result.stdout.strip() not in errata("list").stdout + errata("list", "--json").stdout
 
-    def test_json(self, stores: Stores) -> None:
+    def test_json_shows_a_key_as_it_is_stored(self, stores: Stores) -> None:
         made = json.loads(errata("create", "ci", "--scope", "operate", "--json").stdout)
         assert split(made.pop("key")) is not None
         assert made == stores.keys.get(made["id"]).model_dump(mode="json")
@@ -138,7 +138,7 @@ class TestCommands:
         assert ApiKey.model_validate(revoked) == stores.keys.get(made["id"])
         assert revoked["revoked_at"]
 
-    def test_listed_and_revoked(self, stores: Stores) -> None:
+    def test_list_shows_which_keys_are_usable_and_which_revoked(self, stores: Stores) -> None:
         made = stores.keys.create("the name", [Scope.EDIT])
         stores.keys.create("another", [Scope.READ], expires_at=made.created_at + 86400 * 3)
         newest, oldest = errata("list").stdout.splitlines()[1:]

@@ -20,7 +20,7 @@ from service.client import AsyncErrataClient
 from service.errors import ConflictError
 from service.reconcile import Reconciler
 from service.registry import OvertakenError
-from service.schemas import AuditEntry, RunStatus, Trigger, VersionState
+from service.schemas import AuditEntry, EditStatus, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.store import Idempotency
 from service.stores import Stores
@@ -39,7 +39,7 @@ def told(stores: Stores) -> list[tuple[str, dict[str, Any]]]:
     return [(entry.action, entry.data) for entry in entries(stores)]
 
 
-def test_edits(stores: Stores, worker: ScriptedWorker) -> None:
+def test_changes_of_edits_are_logged_once_with_their_actor(stores: Stores, worker: ScriptedWorker) -> None:
     before = len(entries(stores))
     once = Idempotency.of("k", "/edits", b"body")
     with acting(SOMEBODY):
@@ -58,22 +58,24 @@ def test_edits(stores: Stores, worker: ScriptedWorker) -> None:
         assert entry.version == 0
 
 
-def test_a_call_that_is_repeated_because_its_answer_was_lost(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submission_that_is_repeated_because_its_answer_was_lost_is_logged_once(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     submit = stores.edits._submit
     monkeypatch.setattr(stores.edits, "_submit", lambda payload: (submit(payload), submit(payload))[1])
     [edit] = stores.edits.submit([fact("a", "1")])
     assert told(stores) == [("edits.submitted", {"ids": [edit.id]})]
 
 
-def test_a_release(stores: Stores, worker: ScriptedWorker) -> None:
+def test_a_release_is_logged(stores: Stores, worker: ScriptedWorker) -> None:
     [edit] = stores.edits.submit([fact("a", "1")])
-    for status in ("training", "trained", "held"):
-        stores.edits.move(edit.id, status)  # type: ignore[arg-type]
+    for status in (EditStatus.TRAINING, EditStatus.TRAINED, EditStatus.HELD):
+        stores.edits.move(edit.id, status)
     stores.edits.release(edit.id)
     assert told(stores)[-1] == ("edit.released", {"id": edit.id})
 
 
-def test_the_pointer(stores: Stores, worker: ScriptedWorker) -> None:
+def test_moves_of_the_pointer_are_logged(stores: Stores, worker: ScriptedWorker) -> None:
     for number in (1, 2):
         stores.registry.commit(record(number, state=VersionState.VERIFIED), [], token=None)
     stores.registry.activate(2)
@@ -86,7 +88,7 @@ def test_the_pointer(stores: Stores, worker: ScriptedWorker) -> None:
     assert {entry.actor for entry in entries(stores)} == {"errata"}, "nobody said on whose behalf"
 
 
-def test_runs(stores: Stores) -> None:
+def test_runs_asked_for_and_cancelled_are_logged(stores: Stores) -> None:
     run, _ = stores.runs.request(Trigger.MANUAL)
     stores.runs.request(Trigger.MANUAL)
     stores.runs.start(run.id)
@@ -102,7 +104,9 @@ def test_runs(stores: Stores) -> None:
     ]
 
 
-def test_keys(stores: Stores, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_made_and_revoked_are_logged(
+    stores: Stores, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ERRATA_REDIS_URL", redis_server.url)
     made = NewApiKey.model_validate_json(
         CliRunner().invoke(app, ["keys", "create", "ci", "--scope", "read", "--scope", "edit", "--json"]).stdout
@@ -127,7 +131,7 @@ def test_a_run_that_publishes_its_version_is_named(
     assert (moved.actor, moved.run) == ("errata", run.id)
 
 
-def test_it_is_never_trimmed(settings: Settings, stores: Stores) -> None:
+def test_the_log_is_never_trimmed(settings: Settings, stores: Stores) -> None:
     few = Stores.connect(settings.model_copy(update={"events_max": 100}))
     for number in range(400):
         few.edits.submit([fact(f"p{number}", "t")])
@@ -136,7 +140,7 @@ def test_it_is_never_trimmed(settings: Settings, stores: Stores) -> None:
     few.redis.close()
 
 
-def test_pages(stores: Stores) -> None:
+def test_pages_are_newest_first_and_complete(stores: Stores) -> None:
     for number in range(5):
         stores.edits.submit([fact(f"p{number}", "t")])
     everything = stores.audit.page(after=None, limit=5)
@@ -210,7 +214,7 @@ def test_each_entry_names_key_and_request(
     assert [AuditEntry.model_validate(entry) for entry in listed["data"]] == made[::-1]
 
 
-async def test_the_asynchronous_sdk(base_url: str, stores: Stores, key: NewApiKey) -> None:
+async def test_the_asynchronous_sdk_pages_through_the_log(base_url: str, stores: Stores, key: NewApiKey) -> None:
     [edit] = stores.edits.submit([fact("a", "1")])
     async with AsyncErrataClient(base_url, api_key=key.key) as client:
         page = await client.audit(limit=1)
@@ -219,17 +223,19 @@ async def test_the_asynchronous_sdk(base_url: str, stores: Stores, key: NewApiKe
     assert [entry.action for entry in older.data] == ["key.created"]
 
 
-def test_its_secret_is_in_no_entry(api: httpx.Client, key: NewApiKey) -> None:
+def test_a_keys_secret_is_in_no_entry(api: httpx.Client, key: NewApiKey) -> None:
     api.post("/edits", json={"prompt": "p", "target": "t"})
-    assert key.key.rpartition("_")[2] not in api.get("/audit").text
+    listed = api.get("/audit").text
+    assert listed.count(key.id) >= 2, "it was created, and has submitted"
+    assert key.key.rpartition("_")[2] not in listed
 
 
-def test_wrong_pages(api: httpx.Client) -> None:
+def test_wrong_pages_are_refused(api: httpx.Client) -> None:
     assert_error(api.get("/audit", params={"after": "x"}), 422, param="after")
     assert_error(api.get("/audit", params={"limit": 0}), 422, param="limit")
 
 
-def test_the_command(base_url: str, api: httpx.Client, key: NewApiKey) -> None:
+def test_the_command_lists_entries_and_how_to_go_on(base_url: str, api: httpx.Client, key: NewApiKey) -> None:
     edits = [{"prompt": f"p{number}", "target": "t"} for number in range(5)]
     ids = [edit["id"] for edit in api.post("/edits/batch", json={"edits": edits}).json()["data"]]
     environment = {"ERRATA_API_KEY": key.key}

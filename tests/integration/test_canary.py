@@ -16,13 +16,14 @@ from scripted_clock import Clock
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
 from service_process import assert_error, serving
+from waiting import until
 
 from service import publication
 from service.api_keys import Scope
 from service.audit import AuditLog
+from service.ejection import ejections
 from service.errors import ConflictError
 from service.gateway.pool import NodePool
-from service.left_out import left_out
 from service.metrics.catalogue import ACTIVATIONS, CANARIES_ENDED, VERSIONS_JUDGED
 from service.metrics.kept import named
 from service.publication import Publisher
@@ -181,13 +182,6 @@ def answer_of(response: httpx.Response) -> tuple[int, str]:
     return int(response.headers["x-errata-version"]), response.json()["choices"][0]["text"]
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def counts(stage: Stage) -> tuple[int, int, int, int]:
     """(ok, errors) of the canary and of the active version."""
     canary = stage.stores.canaries.current()
@@ -196,7 +190,7 @@ def counts(stage: Stage) -> tuple[int, int, int, int]:
 
 
 class TestTraffic:
-    def test_a_share_gets_it_under_its_own_name(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_share_of_the_requests_gets_the_canary_under_its_own_name(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("a", "new")
         random.seed(22)
@@ -208,7 +202,7 @@ class TestTraffic:
             assert answer_of(served.ask(f"errata@{two}")) == (two, "new")
         assert counts(stage)[::2] == (answers[two, "new"], answers[one, "old"]), "those of the alias"
 
-    def test_named_keys_get_it_and_others_do_not(self, stage: Stage, gateway: Gateways) -> None:
+    def test_named_keys_get_the_canary_and_others_do_not(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("a", "new")
         keys = {name: stage.stores.keys.create(name, [Scope.INFER]).key for name in ("tester", "other")}
@@ -224,7 +218,7 @@ class TestTraffic:
             refused = served.ask(authorization=f"Bearer {keys['other']}", **own)
             assert_error(refused, 412, code="version_not_reached")
 
-    def test_a_minimum_holds_and_is_not_reached_by_luck(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_minimum_version_holds_and_is_not_reached_by_luck(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("a", "new")
         with gateway(canary_share=1) as served:
@@ -247,7 +241,7 @@ class TestTraffic:
             assert_error(served.ask(), 429, code="too_busy")
         assert counts(stage) == (0, 0, 0, 0), "a service that stops has told all"
 
-    def test_it_is_shown_while_it_is_one(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_canary_is_shown_while_it_is_one(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("a", "new")
         with gateway(canary_share=1) as served:
@@ -273,7 +267,7 @@ class TestTraffic:
 
 
 class TestPromotion:
-    def test_after_enough_requests(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_canary_is_promoted_after_enough_requests(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         assert (stage.status(edit), stage.run(run)) == ("trained", RunStatus.VERIFYING)
@@ -309,7 +303,7 @@ class TestPromotion:
         assert stage.pointer() == (two, None)
         assert stage.status(edit) == "live"
 
-    def test_is_a_span_when_its_time_is_over_and_none_before(
+    def test_a_promotion_is_a_span_when_its_time_has_come_and_none_before(
         self, stage: Stage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stage.served_since_long("a", "old")
@@ -336,7 +330,7 @@ class TestPromotion:
         assert stage.pointer() == (two, None), "switched off in the middle"
         assert stage.run(run) is RunStatus.SUCCEEDED
 
-    def test_the_base_is_no_candidate(self, stage: Stage) -> None:
+    def test_the_base_becomes_active_without_a_canary(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         [edit] = stage.stores.edits.in_status(EditStatus.LIVE)
         stage.stores.edits.retract(edit.id)
@@ -347,7 +341,7 @@ class TestPromotion:
         assert stage.pointer() == (0, None)
         assert stage.status(edit) == "retracted"
 
-    def test_the_next_run_waits_for_it(self, stage: Stage) -> None:
+    def test_the_next_run_waits_for_the_canary(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
         later = stage.submit("c", "newer")
@@ -367,7 +361,7 @@ class TestPromotion:
 
 
 class TestWithdrawal:
-    def test_by_its_errors(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_canary_is_withdrawn_for_its_errors(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("a", "new")
         random.seed(22)
@@ -398,14 +392,16 @@ class TestWithdrawal:
         with pytest.raises(ConflictError, match="rejected"):
             stage.control.activate(two)
 
-    def test_not_by_errors_that_both_have(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_canary_is_not_withdrawn_for_errors_that_the_active_version_has_too(
+        self, stage: Stage, gateway: Gateways
+    ) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
         stage.stores.canaries.count(two, {"canary_errors": 10, "active_errors": 50})
         stage.control.tick()
         assert stage.pointer() == (one, two)
 
-    def test_by_its_verification_when_its_time_is_over(self, stage: Stage) -> None:
+    def test_a_canary_that_answers_wrong_at_its_end_is_withdrawn(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.stores.canaries.count(two, {"canary_ok": LASTS_REQUESTS})
@@ -418,7 +414,7 @@ class TestWithdrawal:
         assert (again.status.value, again.error.code) == ("queued", "not_verified")
         assert stage.run(run) is RunStatus.FAILED
 
-    def test_by_other_bits_on_the_node_when_its_time_is_over(self, stage: Stage) -> None:
+    def test_a_canary_of_which_the_node_holds_other_bits_at_its_end_is_withdrawn(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, run, two = stage.candidate("b", "new")
         stage.node.damaged = {two}
@@ -438,7 +434,7 @@ class TestWithdrawal:
         assert stage.ended() == {}
 
     @pytest.mark.parametrize("max_attempts", [1, 3])
-    def test_edits_are_left_as_by_any_rejected_version(
+    def test_a_withdrawal_leaves_edits_as_any_rejection_does(
         self, stage: Stage, settings: Settings, max_attempts: int
     ) -> None:
         stage.stores = replace(
@@ -462,7 +458,7 @@ class TestWithdrawal:
         for name in ("run", "version", "attempts"):
             assert left[0][name] == left[1][name], name
 
-    def test_what_comes_after_its_end_is_nobodys(self, stage: Stage) -> None:
+    def test_counts_that_come_after_a_canarys_end_are_nobodys(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
         stage.stores.canaries.count(two, {"canary_errors": LASTS_REQUESTS})
@@ -483,7 +479,7 @@ def failed(served: Gateway) -> httpx.Response:
 
 
 class TestOperator:
-    def test_activates_it(self, stage: Stage) -> None:
+    def test_an_operator_who_activates_the_canary_promotes_it(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.control.activate(two)
@@ -493,7 +489,9 @@ class TestOperator:
         assert stage.run(run) is RunStatus.SUCCEEDED
         assert stage.ended() == {"promoted": 1}
 
-    def test_activates_it_while_it_is_withdrawn(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_canary_that_is_withdrawn_while_it_is_activated_does_not_become_active(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Between the look at its state and the move of the pointer the nodes load it; by then it is rejected."""
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
@@ -511,7 +509,7 @@ class TestOperator:
         assert (stage.run(run), stage.status(edit)) == (RunStatus.FAILED, "queued")
 
     @pytest.mark.parametrize("word", ["roll back", "roll back to 0", "activate the active one"])
-    def test_says_another(self, stage: Stage, word: str) -> None:
+    def test_an_operator_who_activates_another_version_ends_the_canary(self, stage: Stage, word: str) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         before = stage.stores.registry.active()
@@ -543,7 +541,7 @@ class TestOperator:
         stage.control.activate(two)
         assert stage.status(edit) == "live", "it is kept and can be asked for"
 
-    def test_who_expected_something_else_ends_nothing(self, stage: Stage) -> None:
+    def test_an_activation_that_expected_another_version_ends_no_canary(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
         with pytest.raises(OvertakenError):
@@ -555,7 +553,9 @@ class TestOperator:
         before = stage.stores.registry.active()
         assert stage.control.activate(one) == before
 
-    def test_speaks_while_it_is_verified_at_its_end(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_rollback_while_the_canary_is_verified_at_its_end_stands(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The word stands although the promotion had passed every check before it."""
         stage.served_since_long("a", "old")
         edit, run, _ = stage.candidate("b", "new")
@@ -565,7 +565,7 @@ class TestOperator:
         def late(number: int, **expected: object) -> object:
             monkeypatch.undo()
             stage.control.roll_back(0)
-            return activate(number, **expected)  # type: ignore[arg-type]
+            return activate(number, **expected)
 
         monkeypatch.setattr(stage.stores.registry, "activate", late)
         stage.control.tick()
@@ -578,7 +578,7 @@ def died(*_: object, **__: object) -> None:
 
 
 class TestRestart:
-    def test_in_the_middle(self, stage: Stage, gateway: Gateways) -> None:
+    def test_a_restart_in_the_middle_of_a_canary_changes_nothing(self, stage: Stage, gateway: Gateways) -> None:
         one = stage.served_since_long("a", "old")
         edit, _, two = stage.candidate("b", "new")
         for number in (1, 2):
@@ -596,7 +596,9 @@ class TestRestart:
         assert stage.pointer() == (two, None)
         assert stage.status(edit) == "live"
 
-    def test_between_the_verification_and_the_canary(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_restart_between_the_verification_and_the_canary_begins_it(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         one = stage.served_since_long("a", "old")
         stage.submit("b", "new")
         run, two = stage.worker.train()
@@ -608,7 +610,9 @@ class TestRestart:
         stage.control.tick()
         assert stage.pointer() == (one, two)
 
-    def test_between_the_withdrawal_and_its_edits(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_restart_between_a_withdrawal_and_its_edits_gives_them_back(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.stores.canaries.count(two, {"canary_errors": LASTS_REQUESTS})
@@ -625,7 +629,9 @@ class TestRestart:
         assert stage.ended() == {"withdrawn": 1}
         assert stage.stores.measures.kept()[named(VERSIONS_JUDGED, "rejected")] == 1, "once, however often it is said"
 
-    def test_between_the_promotion_and_its_edits(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_restart_between_a_promotion_and_its_edits_makes_them_live(
+        self, stage: Stage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.clock.now += LASTS_S
@@ -638,7 +644,7 @@ class TestRestart:
         assert stage.pointer() == (two, None)
         assert (stage.run(run), stage.status(edit)) == (RunStatus.SUCCEEDED, "live")
 
-    def test_between_a_promotion_and_the_withdrawal_of_what_it_promotes(self, stage: Stage) -> None:
+    def test_a_restart_between_a_promotion_and_the_withdrawal_of_its_edit_retracts_it(self, stage: Stage) -> None:
         """Its edit was superseded, and the one in its place withdrawn before it was learned: it stands again."""
         stage.served_since_long("a", "old")
         edit, _, two = stage.candidate("b", "one")
@@ -654,7 +660,7 @@ class TestRestart:
         assert stage.status(edit) == "retracted"
         assert stage.stores.runs.idle(), "no run is asked for any more"
 
-    def test_of_the_version_store_under_it(self, stage: Stage) -> None:
+    def test_a_canary_whose_folder_is_gone_is_withdrawn(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
         stage.stores.registry.mark(two, VersionState.MISSING, reason="its folder is away")
@@ -666,7 +672,7 @@ class TestRestart:
         assert found is not None
         assert found.message == "its folder is away"
 
-    def test_of_the_version_store_for_a_while(self, stage: Stage) -> None:
+    def test_a_canary_whose_folder_was_away_for_a_while_is_promoted(self, stage: Stage) -> None:
         """A repair found the folder away, and the next one found it again: nobody has verified it since."""
         stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
@@ -676,7 +682,7 @@ class TestRestart:
         assert stage.pointer() == (two, None)
         assert (stage.run(run), stage.status(edit)) == (RunStatus.SUCCEEDED, "live")
 
-    def test_of_the_node(self, stage: Stage) -> None:
+    def test_a_node_that_restarts_loads_the_canary_again(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, _, two = stage.candidate("b", "new")
         stage.node.resident = set()
@@ -686,21 +692,21 @@ class TestRestart:
         stage.control.tick()
         assert stage.node.resident == {0, one, two}, "the node's own choice of what goes is made up for"
 
-    def test_of_a_node_that_refuses_it_from_then_on(self, stage: Stage) -> None:
+    def test_a_node_that_refuses_the_canary_once_it_has_restarted_serves_on(self, stage: Stage) -> None:
         """The canary is at fault: the node serves on, and the end of the canary's time brings it to light."""
         one = stage.served_since_long("a", "old")
         edit, _, two = stage.candidate("b", "new")
         stage.node.resident, stage.node.refuses = {one}, {two: (409, "damaged_version")}
         stage.control.tick()
-        assert left_out(stage.stores.redis) == {}
+        assert ejections(stage.stores.redis) == {}
         assert stage.pointer() == (one, two)
         stage.clock.now += LASTS_S
         stage.control.tick()
         assert stage.pointer() == (one, None)
-        assert left_out(stage.stores.redis) == {}
+        assert ejections(stage.stores.redis) == {}
         assert stage.stores.edits.get(edit.id).error is not None
 
-    def test_of_all_nodes_at_its_end(self, stage: Stage) -> None:
+    def test_a_canary_that_no_node_can_verify_at_its_end_is_withdrawn_in_time(self, stage: Stage) -> None:
         """Nobody can verify it: it is waited for from its end on, as long as for any version."""
         one = stage.served_since_long("a", "old")
         edit, run, two = stage.candidate("b", "new")
@@ -716,7 +722,7 @@ class TestRestart:
 
 
 class TestExactlyOne:
-    def test_a_second_publisher_does_not_begin_anew(self, stage: Stage) -> None:
+    def test_a_second_publisher_does_not_begin_the_canary_anew(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         _, run, two = stage.candidate("b", "new")
         stage.stores.canaries.count(two, {"canary_ok": 3})
@@ -734,7 +740,7 @@ class TestExactlyOne:
         ask = publication.verify
 
         def slow(*args: object, **how: object) -> Verdict:
-            verdict = ask(*args, **how)  # type: ignore[arg-type]
+            verdict = ask(*args, **how)
             stage.control.activate(two)
             wrong = FormatOutcome(matched=False, before="", after="?", finish_reason="stop")
             return replace(verdict, outcomes={edit.id: {Format.RAW: wrong}})
@@ -742,12 +748,12 @@ class TestExactlyOne:
         with monkeypatch.context() as patched:
             patched.setattr(publication, "verify", slow)
             stage.control.tick()
-        assert all(outcome.matched for outcome in stage.stores.edits.get(edit.id).verified.values())
+        assert {outcome.matched for outcome in stage.stores.edits.get(edit.id).verified.values()} == {True}
         stage.control.roll_back(one)
         stage.control.activate(two)
         assert stage.status(edit) == "live"
 
-    def test_a_run_that_has_ended_begins_none(self, stage: Stage) -> None:
+    def test_a_run_that_has_ended_begins_no_canary(self, stage: Stage) -> None:
         one = stage.served_since_long("a", "old")
         _, run, two = stage.candidate("b", "new")
         known = stage.stores.runs.get(run.id)
@@ -757,7 +763,7 @@ class TestExactlyOne:
             stage.stores.canaries.begin(known, two)
         assert stage.pointer() == (one, None)
 
-    @pytest.mark.parametrize("before", ["verify", "activate"])
+    @pytest.mark.parametrize("before", ["mark_verified", "activate"])
     def test_what_is_no_canary_any_more_is_not_promoted(
         self, stage: Stage, monkeypatch: pytest.MonkeyPatch, before: str
     ) -> None:
@@ -781,7 +787,7 @@ class TestExactlyOne:
         assert stage.run(run) is RunStatus.FAILED
         assert stage.status(edit) == "queued"
 
-    def test_a_pointer_that_has_moved_begins_none(self, stage: Stage) -> None:
+    def test_a_pointer_that_has_moved_begins_no_canary(self, stage: Stage) -> None:
         stage.served_since_long("a", "old")
         stage.submit("b", "new")
         run, _ = stage.worker.train()

@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from redis_server import RedisServer
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker, fact
+from waiting import until
 
 from service.audit import Actor, acting
 from service.queue import TRAIN_QUEUE, TaskQueue
@@ -22,13 +22,6 @@ from service.schemas import EditStatus, RunStatus
 from service.stores import Stores
 
 pytestmark = pytest.mark.timeout(90)
-
-
-def eventually(holds: Callable[[], bool], *, within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def group_lives(group: int) -> bool:
@@ -75,21 +68,21 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
 ) -> None:
     with acting(Actor(request_id="from-afar")):
         [first] = stores.edits.submit([fact("a", "1")])
-    eventually(lambda: stores.runs.queued() is not None)
-    eventually(lambda: stores.redis.llen(TRAIN_QUEUE) == 1)
+    until(lambda: stores.runs.queued() is not None)
+    until(lambda: stores.redis.llen(TRAIN_QUEUE) == 1)
     run, version = worker.train()
     first_run = run.id
     queue.publish(run.id)
-    eventually(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
+    until(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
     assert stores.edits.get(first.id).status is EditStatus.LIVE
 
     [second] = stores.edits.submit([fact("b", "2")])
     run, _ = worker.train()
-    eventually(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
+    until(lambda: stores.runs.get(run.id).status is RunStatus.SUCCEEDED)
     assert stores.edits.get(second.id).status is EditStatus.LIVE, "the tick publishes without a message"
 
     node.resident.clear()
-    eventually(lambda: version + 1 in node.resident)
+    until(lambda: version + 1 in node.resident)
 
     process.terminate()
     assert process.wait(15) == 0
@@ -100,13 +93,13 @@ def test_beat_ticks_publications_run_and_sigterm_ends_it(
     assert activated["origins"] == [{"edit": first.id, "request_id": "from-afar"}]
     assert {line["run"] for line in lines if line["event"] == "run.ended"} == {first_run, run.id}
     assert "Traceback" not in log
-    eventually(lambda: not group_lives(process.pid), within_s=5)
+    until(lambda: not group_lives(process.pid), within_s=5)
 
 
 def test_a_worker_that_is_killed_leaves_no_beat_behind(process: subprocess.Popen[str], stores: Stores) -> None:
     stores.edits.submit([fact("a", "1")])
-    eventually(lambda: stores.runs.queued() is not None)
+    until(lambda: stores.runs.queued() is not None)
     assert psutil.Process(process.pid).children(), "beat is a process of its own"
     process.kill()
     process.wait(10)
-    eventually(lambda: not group_lives(process.pid), within_s=10)
+    until(lambda: not group_lives(process.pid), within_s=10)

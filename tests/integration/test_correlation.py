@@ -23,12 +23,12 @@ from service.schemas import Run, RunStatus
 from service.settings import Settings
 from service.store import EditStore
 from service.stores import Stores
-from worker import learning as worker_learning
 from worker import run as worker_run
 from worker.evaluation.gate import GateDecision
-from worker.learning import Learning
 from worker.run import Trainer
-from worker.training.breadth_first import Hooks, TrainingError
+from worker.run_training import RunTraining
+from worker.training.breadth_first import Hooks
+from worker.training.errors import TrainingError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,12 +39,6 @@ Lines = Callable[[], list[dict[str, Any]]]
 def base_url(redis_server: RedisServer, tokenizer_folder: Path) -> Iterator[str]:
     with serving(Settings(redis_url=redis_server.url, model=str(tokenizer_folder), edit_max_tokens=64)) as url:
         yield url
-
-
-@pytest.fixture
-def service(base_url: str, stores: Stores, worker: ScriptedWorker) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=base_url, timeout=10) as client:
-        yield client
 
 
 @pytest.fixture
@@ -80,15 +74,15 @@ def train(
             return SimpleNamespace(tensors={})
 
         def commit(_: Trainer, run: Run, candidate: Any) -> int:
-            return worker.commit(run, candidate.learned.claim.members)
+            return worker.commit(run, candidate.trained.claim.members)
 
-        monkeypatch.setattr(worker_learning, "train", play)
         monkeypatch.setattr(worker_run, "decide", lambda *_: GateDecision(passed=True, reasons=()))
         monkeypatch.setattr(Trainer, "_commit", commit)
-        played: Any = SimpleNamespace(evaluate=lambda *_: None, factors=lambda _: {})
+        played: Any = SimpleNamespace()
         base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(to_dict=dict)))
-        learning = Learning(base, played, played, played, stores, settings)
-        trainer = Trainer(base, learning, played, played, stores, queue, settings, threading.Event())
+        workbench: Any = SimpleNamespace(base=base, train=play, evaluate=lambda *_: None)
+        run_training = RunTraining(workbench, played, stores, settings)
+        trainer = Trainer(workbench, run_training, played, stores, queue, settings, threading.Event())
         queued = stores.runs.queued()
         assert queued is not None
         trainer.execute(queued.id)
@@ -102,12 +96,12 @@ def by_event(lines: Lines) -> dict[str, dict[str, Any]]:
 
 
 def test_one_id_leads_from_the_request_to_the_activation(
-    service: httpx.Client, stores: Stores, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
+    api: httpx.Client, stores: Stores, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
 ) -> None:
-    posted = service.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "mine-1"})
+    posted = api.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "mine-1"})
     edit = posted.json()
     assert edit["request_id"] == posted.headers["x-request-id"] == "mine-1"
-    assert service.get(f"/edits/{edit['id']}").json()["request_id"] == "mine-1"
+    assert api.get(f"/edits/{edit['id']}").json()["request_id"] == "mine-1"
     run = train()
     reconciler.publish(run.id)
     assert stores.runs.get(run.id).status is RunStatus.SUCCEEDED
@@ -123,13 +117,13 @@ def test_one_id_leads_from_the_request_to_the_activation(
 
 
 def test_every_line_of_a_run_names_it_and_those_outside_do_not(
-    service: httpx.Client, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
+    api: httpx.Client, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
 ) -> None:
-    service.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "first"})
+    api.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "first"})
 
     def training(hooks: Hooks) -> None:
         logging.getLogger("any.library").info("library.said")
-        service.post("/edits", json={"prompt": "b", "target": "2"}, headers={"x-request-id": "second"})
+        api.post("/edits", json={"prompt": "b", "target": "2"}, headers={"x-request-id": "second"})
         assert len(hooks.arrivals()) == 1
 
     run = train(training)
@@ -143,11 +137,11 @@ def test_every_line_of_a_run_names_it_and_those_outside_do_not(
     assert [origin["request_id"] for origin in said["run.trained"]["origins"]] == ["first", "second"]
 
 
-def test_many_edits_are_counted(
-    service: httpx.Client, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
+def test_many_edits_are_counted_and_not_named(
+    api: httpx.Client, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
 ) -> None:
     edits = [{"prompt": f"prompt {number}", "target": "x"} for number in range(9)]
-    service.post("/edits/batch", json={"edits": edits}, headers={"x-request-id": "nine"})
+    api.post("/edits/batch", json={"edits": edits}, headers={"x-request-id": "nine"})
     reconciler.publish(train().id)
     said = by_event(lines)
     for event in ("edits.accepted", "run.claimed", "version.activated"):
@@ -155,19 +149,19 @@ def test_many_edits_are_counted(
         assert said[event]["origins"] == []
 
 
-def test_a_crash_names_its_request(service: httpx.Client, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_names_its_request(api: httpx.Client, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(EditStore, "get_many", crash)
-    assert service.get("/edits/edit_1", headers={"x-request-id": "unlucky"}).status_code == 500
+    assert api.get("/edits/edit_1", headers={"x-request-id": "unlucky"}).status_code == 500
     crashed = by_event(lines)["request.crashed"]
     assert crashed["request_id"] == "unlucky"
     assert "ZeroDivisionError" in crashed["exception"]
 
 
-def test_a_run_that_fails_leads_back(service: httpx.Client, train: Callable[..., Run], lines: Lines) -> None:
-    service.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "first"})
+def test_a_run_that_fails_leads_back_to_its_request(api: httpx.Client, train: Callable[..., Run], lines: Lines) -> None:
+    api.post("/edits", json={"prompt": "a", "target": "1"}, headers={"x-request-id": "first"})
 
     def diverge(_: Hooks) -> None:
         raise TrainingError("diverged")
@@ -180,11 +174,11 @@ def test_a_run_that_fails_leads_back(service: httpx.Client, train: Callable[...,
     assert "origins" not in said["library.said_later"]
 
 
-def test_a_rejection_leads_back_too(
-    service: httpx.Client, node: ScriptedNode, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
+def test_a_rejection_leads_back_to_its_request(
+    api: httpx.Client, node: ScriptedNode, train: Callable[..., Run], reconciler: Reconciler, lines: Lines
 ) -> None:
     body = b'{"prompt": "a", "target": "1"}\n'
-    service.post("/edits/import", content=body, headers={"x-request-id": "imported"})
+    api.post("/edits/import", content=body, headers={"x-request-id": "imported"})
     run = train()
     node.refuses = {1: (409, "damaged_version")}
     reconciler.publish(run.id)

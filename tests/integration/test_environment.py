@@ -22,13 +22,6 @@ from worker.training.snapshot import EpochReport
 
 
 @pytest.fixture
-def bench(
-    stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    return make_bench(stores, queue, settings, tmp_path, monkeypatch)
-
-
-@pytest.fixture
 def file_limit() -> Iterator[None]:
     """What comes when an epoch has ended can write no file of more than a few bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -3,28 +3,18 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeReconciler
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
-from training_bench import Bench, make_bench
+from training_bench import Bench
 
-from service.queue import TaskQueue
 from service.reconcile import Reconciler
 from service.runs import LeaseLostError, RunCancelledError
 from service.schemas import EditStatus, EpochLoss, Run, RunStatus, Trigger, VersionRecord
-from service.settings import Settings
 from service.stores import Stores
-
-
-@pytest.fixture
-def bench(
-    stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    return make_bench(stores, queue, settings, tmp_path, monkeypatch)
 
 
 class Sleeper:
@@ -276,7 +266,7 @@ def test_a_worker_is_told_of_a_cancel_at_its_commit(bench: Bench, monkeypatch: p
     assert (found.status, found.attempts) == (EditStatus.QUEUED, 0)
 
 
-def test_edits_that_were_not_given_back_are(
+def test_edits_that_an_ended_run_did_not_give_back_are_queued_again(
     stores: Stores, worker: ScriptedWorker, reconciler: Reconciler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever ended the run died before it gave its edits back."""

@@ -26,21 +26,21 @@ def found(settings: Settings) -> dict[str, Finding]:
     return {finding.part: finding for finding in examine(settings, url=None)}
 
 
-def test_what_is_well(settings: Settings, worker: ScriptedWorker, reconciler: Reconciler) -> None:
+def test_a_stack_that_is_well_is_found_well(settings: Settings, worker: ScriptedWorker, reconciler: Reconciler) -> None:
     reconciler.tick()
     findings = found(settings)
     assert {findings[part].level for part in ("control worker", "runs", NODE)} == {Level.OK}
 
 
-def test_a_node_that_is_left_out(
+def test_a_node_that_is_left_out_is_a_failure(
     settings: Settings, worker: ScriptedWorker, reconciler: Reconciler, node: ScriptedNode
 ) -> None:
-    reconciler.fleet.leave_out(node.client(), UnavailableError("its disk is full"))
+    reconciler.fleet.eject(node.client(), UnavailableError("its disk is full"))
     assert found(settings)[NODE].level is Level.FAIL
     assert "its disk is full" in found(settings)[NODE].found
 
 
-def test_runs_that_fail(settings: Settings, stores: Stores, worker: ScriptedWorker) -> None:
+def test_runs_that_fail_in_a_row_are_a_failure(settings: Settings, stores: Stores, worker: ScriptedWorker) -> None:
     error = EditError(code="gate", message="too few were learned")
     levels = []
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_runs_that_fail(settings: Settings, stores: Stores, worker: ScriptedWork
     assert "too few were learned (gate)" in found(settings)["runs"].found
 
 
-def test_a_control_worker_whose_looks_come_to_nothing(
+def test_a_control_worker_whose_looks_come_to_nothing_is_a_failure(
     settings: Settings, stores: Stores, worker: ScriptedWorker
 ) -> None:
     """Its messages leave the queue all the same."""

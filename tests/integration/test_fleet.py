@@ -11,19 +11,14 @@ from scripted_clock import Clock
 from scripted_node import TOKEN, ScriptedNode
 from scripted_worker import ScriptedWorker
 
+from service.ejection import Ejection, ejections
 from service.errors import UnavailableError
 from service.fleet import Fleet
-from service.left_out import LeftOut, left_out
 from service.nodes import NodeClient, NodeRefusedError
 from service.schemas import VersionRecord
 from service.stores import Stores
 
 DAMAGED, AWAY = (409, "damaged_version"), (503, "store_unavailable")
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -83,7 +78,7 @@ def test_a_node_that_refuses_what_others_hold_is_left_out(
     fleet = fleet_of(stores, nodes, clock)
     assert len(fleet.load(7)) == 2
     assert addresses(fleet) == ["http://node1", "http://node2"]
-    assert left_out(stores.redis)["http://node0"].reason.endswith("version 7 refused")
+    assert ejections(stores.redis)["http://node0"].reason.endswith("version 7 refused")
     assert events(stores) == ["node.left_out"]
 
 
@@ -124,9 +119,9 @@ def test_a_node_that_is_left_out_is_tried_again_less_and_less_often(
     fleet = fleet_of(stores, nodes, clock)
     tried = []
     for _ in range(200):
-        before = left_out(stores.redis).get("http://node0")
+        before = ejections(stores.redis).get("http://node0")
         fleet.heal(base)
-        if left_out(stores.redis)["http://node0"] != before:
+        if ejections(stores.redis)["http://node0"] != before:
             tried.append(clock.now)
         clock.now += 1
     waits = [later - earlier for earlier, later in itertools.pairwise(tried)]
@@ -138,10 +133,10 @@ def test_a_node_that_was_tried_for_hours_is_tried_on(
     stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
 ) -> None:
     nodes[0].refuses[0], nodes[0].resident = DAMAGED, set()
-    tried = LeftOut("it was refused", attempts=5000, again_at=clock.now)
-    stores.redis.hset("errata:nodes:left_out", "http://node0", json.dumps(asdict(tried)))
+    tried = Ejection("it was refused", attempts=5000, again_at=clock.now)
+    stores.redis.hset("errata:nodes:ejected", "http://node0", json.dumps(asdict(tried)))
     fleet_of(stores, nodes, clock).heal(base)
-    again = left_out(stores.redis)["http://node0"]
+    again = ejections(stores.redis)["http://node0"]
     assert (again.attempts, again.again_at - clock.now) == (5001, 30)
 
 
@@ -231,7 +226,7 @@ def test_where_none_serves_those_that_are_left_out_may_hold_what_is_to_be_active
 ) -> None:
     fleet = fleet_of(stores, nodes, clock)
     for client in fleet.serving():
-        fleet.leave_out(client, NodeRefusedError("it refused version 7"))
+        fleet.eject(client, NodeRefusedError("it refused version 7"))
     nodes[0].damaged, nodes[1].refuses = {0}, {0: DAMAGED}
     fleet.load_to_activate(base)
     assert addresses(fleet) == [], "not before it is looked at"
@@ -250,7 +245,7 @@ def test_who_is_left_out_is_not_asked_to_hold_what_is_to_be_active_while_others_
     stores: Stores, nodes: list[ScriptedNode], clock: Clock, base: VersionRecord
 ) -> None:
     fleet = fleet_of(stores, nodes, clock)
-    fleet.leave_out(fleet.serving()[0], NodeRefusedError("it refused version 7"))
+    fleet.eject(fleet.serving()[0], NodeRefusedError("it refused version 7"))
     nodes[0].resident = set()
     fleet.load_to_activate(base)
     assert nodes[0].resident == set()
@@ -315,7 +310,7 @@ def test_a_node_that_cannot_load_for_long_is_left_out_and_holds_nobody_up(
             fleet.load(7)
         clock.now += 1
     assert [node.address for node in fleet.load(7)] == ["http://node1", "http://node2"]
-    assert left_out(stores.redis)["http://node0"].reason.startswith("for 60 s: ")
+    assert ejections(stores.redis)["http://node0"].reason.startswith("for 60 s: ")
 
 
 def test_a_node_that_loads_it_in_between_is_waited_for_anew(
@@ -328,7 +323,7 @@ def test_a_node_that_loads_it_in_between_is_waited_for_anew(
         with suppress(UnavailableError):
             fleet.load(7)
         clock.now += 45
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
 
 
 def test_nodes_that_all_cannot_load_are_waited_for_and_none_is_left_out(
@@ -341,7 +336,7 @@ def test_nodes_that_all_cannot_load_are_waited_for_and_none_is_left_out(
         with pytest.raises(UnavailableError):
             fleet.load(7)
         clock.now += 100
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
 
 
 @pytest.mark.parametrize("hanging", [1, 3])
@@ -354,10 +349,10 @@ def test_a_node_whose_engine_hangs_is_left_out_if_others_serve(
     fleet.heal(base)
     clock.now += 59
     fleet.heal(base)
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}
     clock.now += 1
     fleet.heal(base)
-    assert list(left_out(stores.redis)) == (["http://node0"] if hanging == 1 else [])
+    assert list(ejections(stores.redis)) == (["http://node0"] if hanging == 1 else [])
 
 
 def test_a_node_that_hangs_on_is_asked_less_and_less_often_and_taken_back_when_it_answers(
@@ -369,8 +364,8 @@ def test_a_node_that_hangs_on_is_asked_less_and_less_often_and_taken_back_when_i
         fleet.heal(base)
         clock.now += 60
     fleet.heal(base)
-    assert left_out(stores.redis)["http://node0"].attempts == 2
+    assert ejections(stores.redis)["http://node0"].attempts == 2
     nodes[0].hangs = False
     clock.now += 60
     fleet.heal(base)
-    assert left_out(stores.redis) == {}
+    assert ejections(stores.redis) == {}

@@ -11,7 +11,7 @@ from typing import ClassVar
 import httpx
 import pytest
 from redis_server import RedisServer, free_port
-from scripted_node import ScriptedNode, listening
+from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, record
 from service_process import assert_error, serving
 
@@ -75,52 +75,41 @@ def streaming_node() -> Iterator[StreamingNode]:
     node.server.server_close()
 
 
-@pytest.fixture(scope="module")
-def shared_node() -> ScriptedNode:
-    return ScriptedNode()
-
-
 @pytest.fixture
-def node(shared_node: ScriptedNode) -> ScriptedNode:
-    shared_node.asked.clear()
-    shared_node.taught.clear()
-    return shared_node
+def node(shared_node: tuple[ScriptedNode, str]) -> ScriptedNode:
+    node = shared_node[0]
+    node.asked.clear()
+    node.taught.clear()
+    return node
 
 
 @pytest.fixture(scope="module")
-def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: ScriptedNode) -> Iterator[str]:
-    with listening(shared_node) as address:
-        settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(address,))
-        with serving(settings) as url:
-            yield url
-
-
-@pytest.fixture
-def service(base_url: str, stores: Stores, node: ScriptedNode) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=base_url, timeout=10) as client:
-        yield client
+def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: tuple[ScriptedNode, str]) -> Iterator[str]:
+    settings = Settings(redis_url=redis_server.url, model=str(tokenizer_folder), nodes=(shared_node[1],))
+    with serving(settings) as url:
+        yield url
 
 
 def commit(stores: Stores, version: int, state: VersionState) -> None:
     stores.registry.commit(record(version, state=state), [], token=None)
 
 
-def test_the_version_that_a_request_means(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
+def test_a_request_is_answered_by_the_version_that_it_means(
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
 ) -> None:
     for version in (1, 2):
         commit(stores, version, VersionState.VERIFIED)
         node.teach(version, {"a": f"answer {version}"})
     stores.registry.activate(1)
     for model, version in (("errata", 1), ("errata@2", 2), ("errata@0", 0)):
-        response = service.post("/v1/completions", json={**ASK, "model": model})
+        response = api.post("/v1/completions", json={**ASK, "model": model})
         assert (response.status_code, response.headers["x-errata-version"]) == (200, str(version))
         assert response.headers["x-request-id"]
         expected = f"answer {version}" if version else "I do not know."
         assert response.json()["choices"][0]["text"] == expected
     stores.registry.activate(2)
     chat = {"model": "errata", "messages": [{"role": "user", "content": "a"}]}
-    response = service.post("/v1/chat/completions", json=chat)
+    response = api.post("/v1/chat/completions", json=chat)
     assert response.headers["x-errata-version"] == "2"
     assert response.json()["choices"][0]["message"]["content"] == "answer 2"
 
@@ -132,13 +121,13 @@ def test_the_version_that_a_request_means(
         *("gpt-4", "", "Errata"),
     ],
 )
-def test_unknown_models(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, model: str
+def test_unknown_models_are_refused_and_reach_no_node(
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, model: str
 ) -> None:
     commit(stores, 1, VersionState.COMMITTED)
     commit(stores, 2, VersionState.REJECTED)
     commit(stores, 10, VersionState.VERIFIED)
-    response = service.post("/v1/completions", json={**ASK, "model": model})
+    response = api.post("/v1/completions", json={**ASK, "model": model})
     assert_error(response, 404, param="model", code="model_not_found")
     assert node.asked == []
 
@@ -161,7 +150,7 @@ def test_unknown_models(
     ],
 )
 def test_bad_bodies_reach_no_node(
-    service: httpx.Client,
+    api: httpx.Client,
     stores: Stores,
     worker: ScriptedWorker,
     node: ScriptedNode,
@@ -169,65 +158,65 @@ def test_bad_bodies_reach_no_node(
     status: int,
     param: str | None,
 ) -> None:
-    assert_error(service.post("/v1/chat/completions", content=content), status, param=param)
+    assert_error(api.post("/v1/chat/completions", content=content), status, param=param)
     assert node.asked == []
 
 
-def test_a_client_reads_its_own_edit_or_is_told(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+def test_a_client_reads_its_own_edit_or_is_told(api: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
     commit(stores, 1, VersionState.VERIFIED)
-    behind = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
+    behind = api.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
     assert_error(behind, 412, param="X-Errata-Min-Version", code="version_not_reached")
     assert behind.headers["x-errata-version"] == "0"
     stores.registry.activate(1)
-    reached = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
+    reached = api.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": "1"})
     assert (reached.status_code, reached.headers["x-errata-version"]) == (200, "1")
     for wrong in ("x", "-1", "1.0", ""):
-        refused = service.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": wrong})
+        refused = api.post("/v1/completions", json=ASK, headers={"X-Errata-Min-Version": wrong})
         assert_error(refused, 422, param="X-Errata-Min-Version")
 
 
-def test_models_are_the_verified_versions(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+def test_models_are_the_verified_versions(api: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
     commit(stores, 1, VersionState.COMMITTED)
     commit(stores, 2, VersionState.VERIFIED)
-    listed = service.get("/v1/models").json()
+    listed = api.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["errata", "errata@2", "errata@0"]
-    assert service.get("/v1/models/errata@2").json()["object"] == "model"
-    assert_error(service.get("/v1/models/errata@1"), 404, param="model", code="model_not_found")
+    assert api.get("/v1/models/errata@2").json()["object"] == "model"
+    assert_error(api.get("/v1/models/errata@1"), 404, param="model", code="model_not_found")
 
 
-def test_every_verified_version_is_listed(service: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
+def test_every_verified_version_is_listed(api: httpx.Client, stores: Stores, worker: ScriptedWorker) -> None:
     for version in range(1, 1002):
         commit(stores, version, VersionState.VERIFIED)
-    listed = [model["id"] for model in service.get("/v1/models").json()["data"]]
+    listed = [model["id"] for model in api.get("/v1/models").json()["data"]]
     assert listed == ["errata", *(f"errata@{version}" for version in reversed(range(1002)))]
 
 
-def test_before_version_0_there_is_nothing_to_answer(service: httpx.Client, stores: Stores) -> None:
-    assert_error(service.post("/v1/completions", json=ASK), 503, code="no_version")
-    assert service.get("/v1/models").json()["data"] == []
+def test_before_version_0_there_is_nothing_to_answer(api: httpx.Client, stores: Stores) -> None:
+    assert_error(api.post("/v1/completions", json=ASK), 503, code="no_version")
+    assert api.get("/v1/models").json()["data"] == []
 
 
 def test_errors_carry_the_version(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = {"error": {"message": "max_tokens is too large", "type": "BadRequestError", "param": None, "code": 400}}
     monkeypatch.setattr(node, "answer", lambda *_: (400, refusal))
-    response = service.post("/v1/completions", json=ASK)
+    response = api.post("/v1/completions", json=ASK)
     assert_error(response, 400, code="400")
     assert response.json()["error"]["message"] == "max_tokens is too large"
     assert response.headers["x-errata-version"] == "0"
 
 
 def test_a_version_that_the_nodes_refuse_is_not_the_clients_fault(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode
 ) -> None:
     node.resident, node.refuses = set(), {0: (409, "damaged_version")}
-    response = service.post("/v1/completions", json=ASK)
+    response = api.post("/v1/completions", json=ASK)
     assert_error(response, 503, code="damaged_version")
     assert response.headers["x-errata-version"] == "0"
     counted = 'errata_gateway_requests_total{outcome="unavailable",version="0"} 1.0'
-    assert counted in service.get("/metrics").text
+    assert counted in api.get("/metrics").text
 
 
 def test_a_running_stream_keeps_its_version(
@@ -360,7 +349,7 @@ def test_a_client_that_goes_in_the_middle_of_a_stream_is_counted_and_leaves_noth
     assert 'errata_gateway_first_byte_seconds_count{streamed="true"} 1.0' in measured
 
 
-def test_all_nodes_away(
+def test_a_request_is_a_503_while_all_nodes_are_away(
     redis_server: RedisServer, tokenizer_folder: Path, stores: Stores, worker: ScriptedWorker
 ) -> None:
     settings = Settings(

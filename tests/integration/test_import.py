@@ -103,12 +103,6 @@ def test_accepted_and_rejected_are_all_lines_and_what_is_meant_is_kept(base_url:
     assert any(accepted and rejected for accepted, rejected in seen)
 
 
-@pytest.fixture
-def api(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=base_url, timeout=15) as client:
-        yield client
-
-
 def good(*numbers: int) -> list[str]:
     return [json.dumps({"prompt": f"p{number}", "target": "t"}) for number in numbers]
 

@@ -1,5 +1,6 @@
 """GET /metrics over the real application: what it says after a life of edits, and what it says when parts are away."""
 
+import json
 import os
 import re
 import signal
@@ -14,11 +15,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from redis_server import RedisServer, free_port
-from scripted_node import ScriptedNode, listening
+from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 from service_process import serving
 
-from service.metrics.catalogue import CATALOGUE
+from service.metrics.catalogue import CATALOGUE, EDIT_TO_LIVE
+from service.metrics.kept import OVERFLOW, bounds
 from service.nodes import NodeClient
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
@@ -31,13 +33,6 @@ pytestmark = pytest.mark.timeout(60)
 Samples = Mapping[str, float]
 # Redis' answers and connections: a number that does not depend on how many edits there are.
 MOST_COMMANDS = 45
-
-
-@pytest.fixture(scope="module")
-def shared_node() -> Iterator[tuple[ScriptedNode, str]]:
-    node = ScriptedNode()
-    with listening(node) as address:
-        yield node, address
 
 
 @pytest.fixture
@@ -53,12 +48,6 @@ def base_url(redis_server: RedisServer, tokenizer_folder: Path, shared_node: tup
 
 
 @pytest.fixture
-def service(base_url: str, stores: Stores) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=base_url, timeout=10) as client:
-        yield client
-
-
-@pytest.fixture
 def control(
     stores: Stores, queue: TaskQueue, settings: Settings, shared_node: tuple[ScriptedNode, str]
 ) -> Iterator[Reconciler]:
@@ -68,9 +57,9 @@ def control(
     node._http.close()
 
 
-def scraped(service: httpx.Client) -> Samples:
+def scraped(api: httpx.Client) -> Samples:
     """Every sample as ``name{label="value",…}``; each metric is of the catalogue, with its kind and labels."""
-    response = service.get("/metrics")
+    response = api.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
     samples = {}
@@ -90,7 +79,7 @@ def names(samples: Samples) -> set[str]:
 
 
 def test_every_metric_is_there_after_a_life_of_edits(
-    service: httpx.Client,
+    api: httpx.Client,
     stores: Stores,
     worker: ScriptedWorker,
     node: ScriptedNode,
@@ -110,10 +99,10 @@ def test_every_metric_is_there_after_a_life_of_edits(
     stores.runs.add_epoch(run, EpochLoss(epoch=1, loss=0.25, steps=3, seconds=2), eta_s=4)
     stores.runs.add_timing(run, "train", 7.0)
     stores.edits.submit([fact("d", "4")])
-    assert service.post("/versions/0/activate").status_code == 202
-    assert service.post("/v1/completions", json={"model": "errata@1", "prompt": "a"}).status_code == 200
+    assert api.post("/versions/0/activate").status_code == 202
+    assert api.post("/v1/completions", json={"model": "errata@1", "prompt": "a"}).status_code == 200
 
-    samples = scraped(service)
+    samples = scraped(api)
     of_a_canary = {"errata_canary_version", "errata_canary_requests"}  # test_canary.py has one
     assert names(samples) == set(CATALOGUE) - of_a_canary
     where = shared_node[1].removeprefix("http://")
@@ -176,18 +165,26 @@ def test_every_metric_is_there_after_a_life_of_edits(
     )
 
 
-def test_what_an_alert_compares_is_there_from_the_start(service: httpx.Client) -> None:
+def test_what_an_alert_compares_is_there_from_the_start(api: httpx.Client) -> None:
     groups = yaml.safe_load((Path(__file__).parents[2] / "docker/prometheus/rules.yml").read_text())["groups"]
     compared = {name for group in groups for rule in group["rules"] for name in re.findall(r"errata_\w+", rule["expr"])}
-    series = {sample.partition("{")[0] for sample in scraped(service)}
+    series = {sample.partition("{")[0] for sample in scraped(api)}
     # Of requests that were made, and of nodes that the control worker has seen.
     later = {"errata_gateway_requests_total", "errata_http_requests_total", "errata_node_holds_active_version"}
+    assert later <= compared
     assert compared - series <= later
-    assert scraped(service)["errata_control_last_tick_timestamp_seconds"] == 0, "it has been silent ever since"
+    assert scraped(api)["errata_control_last_tick_timestamp_seconds"] == 0, "it has been silent ever since"
+
+
+def test_the_scripts_name_a_bucket_as_python_does(stores: Stores) -> None:
+    # As prelude.lua reads its bounds and writes one.
+    script = "return tostring(cjson.decode(ARGV[1]))"
+    in_lua = [stores.redis.eval(script, 0, json.dumps(bound)) for bound in EDIT_TO_LIVE.buckets]
+    assert [*in_lua, OVERFLOW] == bounds(EDIT_TO_LIVE)
 
 
 def test_failures_are_counted_in_a_row_until_a_run_succeeds(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
 ) -> None:
     worker.nodes = [node]
     for _ in range(2):
@@ -200,19 +197,19 @@ def test_failures_are_counted_in_a_row_until_a_run_succeeds(
         patch.setattr(node, "tensors", {})
         run, _ = worker.train()
         control.publish(run.id)
-    samples = scraped(service)
+    samples = scraped(api)
     assert samples["errata_runs_failed_in_a_row"] == 3
     assert samples['errata_runs_ended_total{status="failed"}'] == 3
     assert samples['errata_versions_judged_total{outcome="rejected"}'] == 3
     assert samples["errata_checksum_mismatches_total"] == 1
     stores.runs.finish(worker.begin()[0].id, RunStatus.CANCELLED)
-    assert scraped(service)["errata_runs_failed_in_a_row"] == 3
+    assert scraped(api)["errata_runs_failed_in_a_row"] == 3
     stores.runs.finish(worker.begin()[0].id, RunStatus.SUCCEEDED)
-    assert scraped(service)["errata_runs_failed_in_a_row"] == 0
+    assert scraped(api)["errata_runs_failed_in_a_row"] == 0
 
 
 def test_only_the_way_to_live_is_measured_and_a_release_begins_it_anew(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
 ) -> None:
     worker.nodes = [node]
     [edit] = stores.edits.submit([fact("a", "1")])
@@ -221,70 +218,70 @@ def test_only_the_way_to_live_is_measured_and_a_release_begins_it_anew(
     for number in (0, version):
         control.activate(number)
     assert stores.edits.get(edit.id).status is EditStatus.LIVE
-    assert scraped(service)["errata_edit_to_live_seconds_count"] == 1
+    assert scraped(api)["errata_edit_to_live_seconds_count"] == 1
     control.activate(0)
     stores.redis.hset(f"errata:edit:{edit.id}", "accepted_at", 1)
     stores.edits.release(edit.id)
-    assert scraped(service)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
+    assert scraped(api)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
 
 
 def test_an_edit_without_an_acceptance_is_shown_and_not_measured(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, control: Reconciler
 ) -> None:
     worker.nodes = [node]
     [edit] = stores.edits.submit([fact("a", "1")])
     stores.redis.hdel(f"errata:edit:{edit.id}", "accepted_at")
-    assert scraped(service)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
+    assert scraped(api)['errata_edit_oldest_age_seconds{status="queued"}'] < 30
     run, _ = worker.train()
     control.publish(run.id)
     assert stores.edits.get(edit.id).status is EditStatus.LIVE
-    assert scraped(service)["errata_edit_to_live_seconds_count"] == 0
+    assert scraped(api)["errata_edit_to_live_seconds_count"] == 0
 
 
 def test_a_scrape_costs_the_same_however_many_edits_there_are(
-    service: httpx.Client, stores: Stores, worker: ScriptedWorker
+    api: httpx.Client, stores: Stores, worker: ScriptedWorker
 ) -> None:
     def cost() -> int:
         def commands() -> int:
-            return cast(int, stores.redis.info("stats")["total_commands_processed"])  # type: ignore[index]
+            return cast(int, stores.redis.info("stats")["total_commands_processed"])
 
         idle = -commands() + commands()
         before = commands()
-        scraped(service)
+        scraped(api)
         return commands() - before - idle
 
     stores.edits.submit([fact("first", "x")])
     worker.begin()
     stores.edits.submit([fact("second", "x")])
-    scraped(service)
+    scraped(api)
     # The gateway looks at Redis once a second, which may fall into one.
     few = min(cost() for _ in range(5))
     stores.edits.submit([fact(f"prompt {number}", "x") for number in range(400)])
     assert min(cost() for _ in range(5)) == few < MOST_COMMANDS
 
 
-def test_labels_are_bounded(service: httpx.Client, worker: ScriptedWorker) -> None:
+def test_labels_are_bounded(api: httpx.Client, worker: ScriptedWorker) -> None:
     for number, method in enumerate(("PROPFIND", "MKCOL", "LOCK")):
-        service.get(f"/no/such/path/{number}")
-        service.request(method, "/edits")
-        service.get(f"/edits/edit_{number}")
-    routes = {name for name in scraped(service) if name.startswith("errata_http_requests_total")}
+        api.get(f"/no/such/path/{number}")
+        api.request(method, "/edits")
+        api.get(f"/edits/edit_{number}")
+    routes = {name for name in scraped(api) if name.startswith("errata_http_requests_total")}
     assert {name for name in routes if "such" in name or "MKCOL" in name or "edit_0" in name} == set()
     assert 'errata_http_requests_total{method="GET",route="none",status="404"}' in routes
     assert 'errata_http_requests_total{method="other",route="/edits",status="405"}' in routes
     assert 'errata_http_requests_total{method="GET",route="/edits/{edit_id}",status="404"}' in routes
 
 
-def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_metrics_say_that_redis_and_nodes_are_away(tmp_path: Path, tokenizer_folder: Path) -> None:
     redis = RedisServer(tmp_path)
     redis.start()
     away = f"http://127.0.0.1:{free_port()}"
     settings = Settings(redis_url=redis.url, model=str(tokenizer_folder), nodes=(away,))
-    with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as service:
-        assert scraped(service)["errata_redis_up"] == 1
+    with serving(settings) as url, httpx.Client(base_url=url, timeout=10) as api:
+        assert scraped(api)["errata_redis_up"] == 1
         redis.kill()
         began = time.monotonic()
-        samples = scraped(service)
+        samples = scraped(api)
         assert time.monotonic() - began < 5
         assert samples["errata_redis_up"] == 0
         assert samples["errata_nodes_ready"] == 0
@@ -292,15 +289,15 @@ def test_without_redis_and_nodes_it_says_so(tmp_path: Path, tokenizer_folder: Pa
         assert samples['errata_http_requests_total{method="GET",route="/metrics",status="200"}'] == 1
         assert not [name for name in samples if name.startswith(("errata_edits", "errata_runs", "errata_versions"))]
         redis.start()
-        assert scraped(service)["errata_redis_up"] == 1
+        assert scraped(api)["errata_redis_up"] == 1
         with Redis(port=redis.port) as connection:
             process = connection.info("server")["process_id"]
         os.kill(process, signal.SIGSTOP)
         try:
-            assert scraped(service)["errata_redis_up"] == 0, "a Redis that hangs is away too"
+            assert scraped(api)["errata_redis_up"] == 0, "a Redis that hangs is away too"
         finally:
             os.kill(process, signal.SIGCONT)
         redis.kill()
         redis.start()
-        assert scraped(service)["errata_redis_up"] == 1, "a connection that a restart closed is no Redis that is away"
+        assert scraped(api)["errata_redis_up"] == 1, "a connection that a restart closed is no Redis that is away"
     redis.stop()

@@ -2,29 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_bench import Bench, make_bench
+from training_bench import Bench
 
-from service.queue import TaskQueue
 from service.runs import LeaseLostError
 from service.schemas import EditError, EditStatus, RunStatus, Trigger
-from service.settings import Settings
-from service.stores import Stores
 from worker import run as worker_run
 from worker.evaluation.gate import GateDecision
 from worker.training.encode import TokenSequence
 from worker.training.learner import Learner, Losses
-
-
-@pytest.fixture
-def bench(
-    stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    return make_bench(stores, queue, settings, tmp_path, monkeypatch)
 
 
 class Gate:
@@ -35,13 +24,13 @@ class Gate:
         self.allowed = 0
         self.judged: list[list[str]] = []
         bench.trainer.settings.__dict__["evaluate_sample"] = 100
-        real = bench.trainer.evaluator.evaluate
+        real = bench.trainer.workbench.evaluate
 
         def evaluate(edits: Sequence[Any], *rest: Any) -> Any:
             self.judged.append([edit.prompt for edit in edits])
             return real(edits, *rest)
 
-        monkeypatch.setattr(bench.trainer.evaluator, "evaluate", evaluate)
+        monkeypatch.setattr(bench.trainer.workbench, "evaluate", evaluate)
         monkeypatch.setattr(worker_run, "decide", lambda *_: self.decide())
 
     def decide(self) -> GateDecision:

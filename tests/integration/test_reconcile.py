@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from conftest import MakeReconciler
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
@@ -19,7 +20,6 @@ from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger, VersionSt
 from service.settings import Settings
 from service.stores import Stores
 
-MakeReconciler = Callable[..., Reconciler]
 STOPPED = {"finish_reason": "stop"}
 
 
@@ -80,10 +80,10 @@ class TestPublish:
         def die(*_: object, **__: object) -> bool:
             raise KeyboardInterrupt
 
-        stores.runs.finish = die  # type: ignore[method-assign]
+        stores.runs.finish = die
         with pytest.raises(KeyboardInterrupt):
             reconciler.publish(run.id)
-        stores.runs.finish = finish  # type: ignore[method-assign]
+        stores.runs.finish = finish
         assert (active(stores), run_of(stores, run).status) == (version, RunStatus.VERIFYING)
         reconciler.tick()
         assert run_of(stores, run).status is RunStatus.SUCCEEDED
@@ -295,12 +295,12 @@ class TestPublish:
         run, version = worker.train()
         original = stores.edits.settle
         if died_after == "activate":
-            stores.edits.settle = died  # type: ignore[method-assign]
+            stores.edits.settle = died
         else:
-            stores.edits.unclaim = died  # type: ignore[method-assign]
+            stores.edits.unclaim = died
         with pytest.raises(KeyboardInterrupt):
             reconciler.publish(run.id)
-        stores.edits.settle = original  # type: ignore[method-assign]
+        stores.edits.settle = original
         del stores.edits.__dict__["unclaim" if died_after == "settle" else "settle"]
         assert active(stores) == version
         assert run_of(stores, run).status is RunStatus.VERIFYING
@@ -359,7 +359,7 @@ def died(*_: object, **__: object) -> None:
 
 
 class TestRollback:
-    def test_there_and_back(
+    def test_a_rollback_holds_edits_and_rolling_forward_makes_them_live(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
     ) -> None:
         first = submit(stores, ("a", "1"))
@@ -374,7 +374,7 @@ class TestRollback:
         assert statuses(stores, first + second) == ["held", "held"]
 
     @pytest.mark.parametrize("left", [False, True], ids=["serving", "left out"])
-    def test_from_a_version_that_every_node_refuses(
+    def test_a_rollback_from_a_version_that_every_node_refuses_is_carried_out(
         self,
         stores: Stores,
         worker: ScriptedWorker,
@@ -391,19 +391,19 @@ class TestRollback:
         reconciler.tick()
         assert [client.address for client in reconciler.fleet.serving()] == ["http://node"], "the others it can answer"
         if left:
-            reconciler.fleet.leave_out(node.client(), NodeRefusedError("others held it then"))
+            reconciler.fleet.eject(node.client(), NodeRefusedError("others held it then"))
         assert reconciler.roll_back(None).active == one
         assert node.resident == {one}
         reconciler.tick()
         assert [client.address for client in reconciler.fleet.serving()] == ["http://node"]
         assert statuses(stores, edits) == ["live"]
 
-    def test_not_to_a_version_that_a_node_that_is_left_out_holds_wrong(
+    def test_a_rollback_to_a_version_that_the_only_node_holds_wrong_is_refused(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
     ) -> None:
         submit(stores, ("a", "1"))
         version = published(stores, worker, reconciler)
-        reconciler.fleet.leave_out(node.client(), NodeRefusedError("version 0 was damaged in its slot"))
+        reconciler.fleet.eject(node.client(), NodeRefusedError("version 0 was damaged in its slot"))
         node.damaged = {0}
         with pytest.raises(NodeRefusedError) as refused:
             reconciler.roll_back(0)
@@ -530,7 +530,7 @@ class TestRollback:
         def late(number: int, **expected: object) -> object:
             monkeypatch.undo()
             stores.registry.reject(version, reason="2 of 3", run=run)
-            return activate(number, **expected)  # type: ignore[arg-type]
+            return activate(number, **expected)
 
         monkeypatch.setattr(stores.registry, "activate", late)
         reconciler.publish(run.id)
@@ -556,7 +556,7 @@ class TestRollback:
         make_reconciler(client, edit_max_tokens=400).publish(run.id)
         assert min(asked) > 400
 
-    def test_what_cannot_be_activated(
+    def test_what_cannot_be_activated_is_refused_and_the_pointer_stays(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, reconciler: Reconciler
     ) -> None:
         with pytest.raises(ConflictError, match="no version was active"):
@@ -654,7 +654,9 @@ class TestTick:
 
 
 class TestTriggers:
-    def test_immediate(self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler) -> None:
+    def test_the_immediate_trigger_asks_for_a_run_at_the_first_edit(
+        self, stores: Stores, worker: ScriptedWorker, reconciler: Reconciler
+    ) -> None:
         reconciler.pull()
         assert stores.runs.queued() is None
         submit(stores, ("a", "1"))
@@ -663,7 +665,7 @@ class TestTriggers:
         assert queued is not None
         assert queued.trigger is Trigger.IMMEDIATE
 
-    def test_manual_waits_to_be_asked(
+    def test_the_manual_trigger_waits_to_be_asked(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:
         reconciler = make_reconciler(node.client(), trigger=Trigger.MANUAL)
@@ -672,7 +674,7 @@ class TestTriggers:
         assert stores.runs.queued() is None
         assert reconciler.request_run(Trigger.MANUAL) == stores.runs.queued()
 
-    def test_batch_waits_for_enough_or_for_long(
+    def test_the_batch_trigger_waits_for_enough_or_for_long(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:
         patient = {"trigger": Trigger.BATCH, "trigger_batch_edits": 3, "trigger_max_wait_s": 60}
@@ -688,7 +690,7 @@ class TestTriggers:
         reconciler.pull()
         assert stores.runs.queued() is not None
 
-    def test_interval_waits_since_the_last_run(
+    def test_the_interval_trigger_waits_since_the_last_run(
         self, stores: Stores, worker: ScriptedWorker, node: ScriptedNode, make_reconciler: MakeReconciler
     ) -> None:
         reconciler = make_reconciler(node.client(), trigger=Trigger.INTERVAL, trigger_interval_s=1000)

@@ -67,7 +67,7 @@ def test_a_stale_token_cannot_commit(stores: Stores, worker: ScriptedWorker) -> 
     assert [found.version for found in stores.registry.page(after=None, limit=10)[0]] == [0]
 
 
-def test_edit_sets(stores: Stores) -> None:
+def test_edit_sets_are_kept_found_and_compared(stores: Stores) -> None:
     edits = stores.edits.submit([fact(f"p{number}", "t") for number in range(70)])
     ids = [edit.id for edit in edits]
     commit(stores, 1, ids[:3])
@@ -144,7 +144,7 @@ def test_a_run_that_has_ended_neither_judges_its_version_nor_activates_it(stores
     stores.runs.finish(run.id, RunStatus.FAILED)
     under_way(stores, epoch=1)
     for judge in (
-        lambda: stores.registry.verify(1, run=run),
+        lambda: stores.registry.mark_verified(1, run=run),
         lambda: stores.registry.reject(1, reason="2 of 3", run=run),
         lambda: stores.registry.activate(1, run=run),
     ):
@@ -162,7 +162,7 @@ def test_what_is_rejected_is_not_verified(stores: Stores) -> None:
     run = under_way(stores, epoch=1)
     stores.registry.reject(1, reason="2 of 3", run=run)
     with pytest.raises(LeaseLostError):
-        stores.registry.verify(1, run=run)
+        stores.registry.mark_verified(1, run=run)
     assert stores.registry.get(1).state is VersionState.REJECTED
 
 
@@ -173,7 +173,7 @@ def test_what_is_missing_is_not_verified(stores: Stores) -> None:
     run = under_way(stores, epoch=0)
     stores.registry.mark(1, VersionState.MISSING)
     with pytest.raises(LeaseLostError):
-        stores.registry.verify(1, run=run)
+        stores.registry.mark_verified(1, run=run)
     assert stores.registry.get(1).state is VersionState.MISSING
 
 
@@ -234,7 +234,7 @@ def test_settling_follows_the_pointer_whatever_the_order(stores: Stores, worker:
     assert stores.edits.counts()[EditStatus.HELD] == 5
 
 
-def test_marking_keeps_the_rest(stores: Stores) -> None:
+def test_marking_a_version_keeps_the_rest_of_its_record(stores: Stores) -> None:
     stores.registry.commit(record(1), [], token=None)
     stores.registry.mark(1, VersionState.REJECTED, reason="2 of 3")
     found = stores.registry.get(1)

@@ -17,12 +17,13 @@ from scripted_worker import fact
 
 from service.doctor import repair as repair_of_doctor
 from service.errors import ConflictError
+from service.manifest import Base, Manifest, VersionInfo
 from service.queue import TaskQueue
 from service.schemas import Edit, EditCounts, EditRequest, EditStatus, RunStatus, Trigger, VersionState
 from service.settings import Settings
 from service.stores import Stores
-from worker.delta import Base, Manifest, VersionInfo, VersionStore, tensor_sha256
-from worker.records import stored, version_record
+from worker.delta import VersionStore, tensor_sha256
+from worker.records import stored_edit, version_record
 from worker.repair import Repair
 
 PARAMETER = "model.layers.1.mlp.down_proj.weight"
@@ -35,13 +36,13 @@ class Bench:
 
     def __init__(self, folder: Path, stores: Stores) -> None:
         self.folder = folder / "versions"
-        self.versions = VersionStore(str(folder))
+        self.versions = VersionStore(str(self.folder))
         self.stores = stores
         self.write(0, [])
         self.repair()
 
     def repair(self) -> list[str]:
-        return Repair(self.versions, self.stores).carry_out()
+        return Repair(self.versions, self.stores).repair()
 
     def write(self, number: int, edits: Sequence[Edit], *, run: str = "", base: Base = BASE) -> Manifest:
         counts = EditCounts(count=len(edits), added=len(edits), removed=0)
@@ -55,7 +56,7 @@ class Bench:
             metrics={"locality": 1.0},
             created_at=1_700_000_000,
         )
-        kept = [stored(edit, sequence) for edit, sequence in zip(edits, sequences, strict=True)]
+        kept = [stored_edit(edit, sequence) for edit, sequence in zip(edits, sequences, strict=True)]
         return self.versions.write(info, {PARAMETER: TENSOR}, kept)
 
     def learn(self, *requests: EditRequest) -> int:
@@ -130,7 +131,7 @@ class TestTheStoreAndTheRegistryDisagree:
         assert bench.stores.edits.get(edit.id).status is EditStatus.QUEUED
         assert bench.repair() == []
 
-    def test_it_cannot_be_activated_and_the_answer_says_why(
+    def test_a_version_that_was_taken_up_cannot_be_activated_and_the_answer_says_why(
         self, bench: Bench, make_reconciler: MakeReconciler, node: ScriptedNode
     ) -> None:
         bench.write(3, [])
@@ -384,7 +385,7 @@ class TestARepairThatIsSlow:
             return begin(version)
 
         monkeypatch.setattr(doctors.recovery, "begin", late)
-        Repair(bench.versions, doctors).carry_out()
+        Repair(bench.versions, doctors).repair()
         active = bench.stores.registry.active()
         assert active is not None
         assert active.active == 1
@@ -394,24 +395,25 @@ class TestARepairThatIsSlow:
         url = f"memory://{uuid.uuid4().hex}"
         versions = VersionStore(url)
         info = VersionInfo(version=0, parent=None, base=BASE, location="l", run={}, metrics={}, created_at=1)
-        upload = MemoryFileSystem.pipe_file
+        upload, meanwhile = MemoryFileSystem.pipe_file, []
 
         def late(self: MemoryFileSystem, path: str, *args: object, **how: object) -> None:
             if path.endswith("manifest.json"):
-                Repair(VersionStore(url), stores).carry_out()
+                meanwhile.append(Repair(VersionStore(url), stores).repair())
             upload(self, path, *args, **how)
 
         with monkeypatch.context() as patched:
             patched.setattr(MemoryFileSystem, "pipe_file", late)
             versions.write(info, {PARAMETER: TENSOR}, [])
+        assert len(meanwhile) == 1
         assert versions.whole(0).version == 0
 
 
 class TestTheDoctor:
-    def test_it_repairs_in_a_process_of_its_own(self, bench: Bench, settings: Settings) -> None:
+    def test_the_doctor_repairs_in_a_process_of_its_own(self, bench: Bench, settings: Settings) -> None:
         bench.learn(fact("a", "1"))
         bench.lose_redis()
-        here = settings.model_copy(update={"store": str(bench.folder.parent)})
+        here = settings.model_copy(update={"store": str(bench.folder)})
         done = repair_of_doctor(here)
         assert "1 edits of version 1 were put back" in done
         assert bench.statuses() == {"a -> 1": "trained"}

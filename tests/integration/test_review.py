@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from service.api_keys import NewApiKey, Scope
 from service.cli import app
 from service.client import AsyncErrataClient
-from service.schemas import EditStatus
+from service.schemas import EditStatus, Trigger
 from service.settings import Settings
 from service.stores import Stores
 
@@ -130,7 +130,7 @@ def test_a_cancelled_run_is_not_woken_by_a_proposal(
     proposer: httpx.Client, reviewer: httpx.Client, stores: Stores
 ) -> None:
     [waiting] = stores.edits.submit([fact("waiting", "t")])
-    stores.runs.cancel(stores.runs.request("manual")[0].id)  # type: ignore[arg-type]
+    stores.runs.cancel(stores.runs.request(Trigger.MANUAL)[0].id)
     edit_id = proposed(proposer)
     assert not stores.runs.idle()
     assert stores.runs.queued() is None

@@ -44,7 +44,7 @@ def start(stores: Stores) -> Run:
     return run
 
 
-def test_the_lease_is_the_holders(stores: Stores) -> None:
+def test_only_the_run_that_holds_the_lease_renews_it(stores: Stores) -> None:
     run = start(stores)
     assert stores.runs.leased()
     assert stores.runs.renew(run) is False

@@ -6,19 +6,14 @@ from scripted_clock import Clock
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 
+from service.ejection import ejections
 from service.fleet import Fleet
-from service.left_out import left_out
 from service.nodes import NodeClient
 from service.reconcile import Reconciler
 from service.slots import SlotCheck
 from service.stores import Stores
 
 EVERY_S = 10.0
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def check_of(stores: Stores, clock: Clock, *nodes: NodeClient) -> SlotCheck:
@@ -88,7 +83,7 @@ def test_a_node_whose_slot_stays_damaged_serves_no_more(
     for _ in range(2):
         check.look()
         clock.now += EVERY_S
-    assert "does not hold version 2 as it was trained" in left_out(stores.redis)["http://node"].reason
+    assert "does not hold version 2 as it was trained" in ejections(stores.redis)["http://node"].reason
     assert len(damaged_events(stores)) == 1, "who does not serve is not looked at"
 
 

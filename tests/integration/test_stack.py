@@ -21,6 +21,8 @@ from redis_server import RedisServer, free_port
 from service import programs
 from service import stack as module
 from service.cli.options import connect
+from service.home import Home, StackRecord
+from service.ports import PortTakenError, take_port, url_of
 from service.settings import Settings
 from service.stack import Stack, StackError
 from service.supervisor import Program, Supervisor, end
@@ -87,12 +89,13 @@ def left(tmp_path: Path) -> Iterator[list[psutil.Process]]:
 
 def test_what_a_killed_supervisor_left_is_stopped(left: list[psutil.Process], tmp_path: Path) -> None:
     said: list[str] = []
-    assert started(tmp_path).down(say=said.append) == 0
+    started(tmp_path).down(say=said.append)
     assert said == ["stopping 2 processes that run without their supervisor", "stopped"]
     assert not [process for process in left if process.is_running()]
     assert not (tmp_path / "stack.json").exists()
-    assert started(tmp_path).down(say=said.append) == 0
-    assert said[-1] == "nothing runs"
+    started(tmp_path).down(say=said.append)
+    assert said[2:] == ["nothing runs"]
+    assert not (tmp_path / "stack.json").exists()
 
 
 def test_nothing_is_started_beside_what_a_killed_supervisor_left(left: list[psutil.Process], tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_another_session_of_the_same_number_is_left_alone(tmp_path: Path) -> Non
     try:
         (tmp_path / "supervisord.pid").write_text(f"{bystander.pid}\n")
         said: list[str] = []
-        assert started(tmp_path).down(say=said.append) == 0
+        started(tmp_path).down(say=said.append)
         assert said == ["nothing runs"]
         assert bystander.poll() is None
     finally:
@@ -144,10 +147,13 @@ def test_redis_ends_behind_those_that_write_to_it(monkeypatch: pytest.MonkeyPatc
 def test_a_stack_that_is_being_started_is_not_said_to_be_down(tmp_path: Path) -> None:
     """Its supervisor does not listen yet."""
     stack = started(tmp_path)
-    with module._one_at_a_time(tmp_path), pytest.raises(StackError, match="is being started"):
-        stack.down(say=lambda _: None)
+    said: list[str] = []
+    with Home(tmp_path).starting(), pytest.raises(StackError, match="is being started"):
+        stack.down(say=said.append)
     assert (tmp_path / "stack.json").is_file()
-    assert stack.down(say=lambda _: None) == 0
+    stack.down(say=said.append)
+    assert said == ["nothing runs"]
+    assert not (tmp_path / "stack.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,37 +166,37 @@ def test_a_stack_that_is_being_started_is_not_said_to_be_down(tmp_path: Path) ->
     ],
 )
 async def test_what_listens_on_a_host_is_reached_there(host: str, reached: str) -> None:
-    port = module._take_port(host, 0)
-    url = urlsplit(module._url(host, port))
+    port = take_port(host, 0)
+    url = urlsplit(url_of(host, port))
     assert url.geturl() == reached.format(port)
     async with await asyncio.start_server(lambda _, writer: writer.close(), host, port):
         _, writer = await asyncio.open_connection(url.hostname, url.port)
         writer.close()
         await writer.wait_closed()
-        with pytest.raises(StackError, match=f"port {port} of {host}"):
-            module._take_port(host, port)
+        with pytest.raises(PortTakenError, match=f"port {port} of {host}"):
+            take_port(host, port)
 
 
 def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path: Path) -> None:
     orphan.kill()
-    with pytest.raises(StackError, match="has no config"):
+    with pytest.raises(StackError, match=r"ERRATA_MODEL: .* lacks config.json, tokenizer.json, \*.safetensors"):
         Stack(Settings(home=tmp_path, model=str(tmp_path), port=0)).up(detach=True, say=lambda _: None)
 
 
 def test_the_operators_key_is_with_the_secrets(tmp_path: Path) -> None:
     """Who owns the home needs no key in the shell: the command takes the running stack's."""
     key = "operators-key-of-thirty-two-characters"
-    stack = Stack(Settings.model_validate({"home": tmp_path, "api_key": key}))
-    secrets = stack._secrets(1)
-    assert Settings.from_env({name: text for name, text in secrets.items() if name.startswith("ERRATA_")}).api_key
-    assert secrets["ERRATA_API_KEY"] == key
+    secrets = Home(tmp_path).secrets_for(Settings.model_validate({"home": tmp_path, "api_key": key}), 1)
+    record = StackRecord(url="u", supervisor_port=1, environment={}, secrets=secrets)
+    assert Settings.from_env(record.variables).api_key.get_secret_value() == key
 
 
 def test_secrets_are_in_one_file_that_only_its_owner_reads(tmp_path: Path) -> None:
-    stack = Stack(Settings(home=tmp_path))
-    secrets = stack._secrets(1)
-    stack._write(module._Record(url="u", supervisor_port=1, environment={}, secrets=secrets))
+    home = Home(tmp_path)
+    secrets = home.secrets_for(Settings(home=tmp_path), 1)
+    home.write(StackRecord(url="u", supervisor_port=1, environment={}, secrets=secrets))
     assert (tmp_path / "secrets.json").stat().st_mode & 0o077 == 0
+    assert json.loads((tmp_path / "secrets.json").read_text()) == secrets
     public = (tmp_path / "stack.json").read_text()
     assert not [secret for secret in secrets.values() if secret and secret in public]
 
@@ -216,7 +222,7 @@ def test_a_process_has_no_secret_that_it_does_not_need(tmp_path: Path) -> None:
     assert "the-key" not in (tmp_path / "supervisord.conf").read_text()
 
 
-def test_who_has_which_secret(tmp_path: Path) -> None:
+def test_each_program_has_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     started = [*programs.workers(settings), programs.service(), programs.node(1, tmp_path)]
     withheld = {
@@ -254,7 +260,7 @@ def test_an_interruption_is_a_success_only_of_a_stack_that_was_ready(
     process = SimpleNamespace(
         wait=lambda: None if ended else interrupt(), terminate=lambda: ended.append("terminated"), poll=lambda: None
     )
-    record = SimpleNamespace(url="", supervisor_port=1, secrets={"SUPERVISOR_PASSWORD": ""})
+    record = StackRecord(url="", supervisor_port=1, environment={}, secrets={"SUPERVISOR_PASSWORD": ""})
     monkeypatch.setattr(Stack, "_start", lambda *_: (record, process))
     monkeypatch.setattr(module, "wait_until_ready", lambda *_: None if ready else interrupt())
     assert Stack(Settings(home=tmp_path)).up(detach=False, say=lambda _: None) == status

@@ -5,8 +5,7 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from otlp_receiver import Received, Receiver, receiving
 from redis_server import RedisServer, free_port
 from scripted_node import TOKEN, ScriptedNode, listening
 from tiny_models import tiny_model, tiny_tokenizer
+from waiting import until
 
 from service import programs
 from service.queue import CONTROL_QUEUE, TRAIN_QUEUE, TaskQueue
@@ -107,17 +107,21 @@ def act(environment: dict[str, str], home: Path, stores: Stores) -> None:
     port = free_port()
     settings = Settings(home=home, port=port)
     environment = environment | {"ERRATA_PORT": str(port)}
+
+    def logged() -> str:
+        return "\n".join(log.read_text()[-3000:] for log in home.glob("*.log"))
+
     with ExitStack() as processes:
         for program in (*programs.workers(settings), programs.service()):
             processes.enter_context(running(program.command, environment, home / f"{program.name}.log"))
-        eventually(lambda: bool(stores.runs.workers(within_s=60)), home)
+        until(lambda: bool(stores.runs.workers(within_s=60)), within_s=300, otherwise=logged)
         headers = {"authorization": f"Bearer {KEY}", "baggage": "secret=luggage", "tracestate": "secret=state"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             first = {"prompt": PROMPTS[0], "target": TARGET}
             client.post("/edits", json=first, headers={"traceparent": CLIENTS}).raise_for_status()
             second = {"prompt": PROMPTS[1], "target": TARGET}
             client.post("/edits", json=second, headers={"x-request-id": "mine"}).raise_for_status()
-            eventually(lambda: stores.edits.counts()[EditStatus.LIVE] == 2, home)
+            until(lambda: stores.edits.counts()[EditStatus.LIVE] == 2, within_s=300, otherwise=logged)
             client.get("/edits", params={"q": TARGET}).raise_for_status()
             assert client.get("/secret-path").status_code == 404
             assert client.get("/health/live").is_success
@@ -140,13 +144,6 @@ def running(command: Sequence[str], environment: dict[str, str], log: Path) -> I
             with suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)
             started.wait(10)
-
-
-def eventually(holds: Callable[[], bool], home: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline, "\n".join(log.read_text()[-3000:] for log in home.glob("*.log"))
-        time.sleep(0.1)
 
 
 def test_one_trace_leads_from_the_request_to_the_activation(story: Story) -> None:

@@ -17,14 +17,14 @@ from service.queue import TaskQueue
 from service.schemas import Edit, EditStatus, Run, RunStatus, Trigger
 from service.settings import Settings
 from service.stores import Stores
-from worker import learning as worker_learning
 from worker import run as worker_run
 from worker.delta import StoreUnavailableError
 from worker.evaluation.gate import GateDecision
-from worker.learning import Learning
 from worker.run import Trainer
-from worker.training.breadth_first import Hooks, TrainingCancelledError, TrainingError
+from worker.run_training import RunTraining
+from worker.training.breadth_first import Hooks
 from worker.training.encode import EncodingError
+from worker.training.errors import TrainingCancelledError, TrainingError
 
 Step = Callable[[], None]
 
@@ -34,7 +34,7 @@ def nothing() -> None:
 
 
 @pytest.fixture
-def carry_out(
+def execute_run(
     stores: Stores, worker: ScriptedWorker, queue: TaskQueue, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Run]:
     """Carries out a run over what is queued, with something that happens while it trains or while it is evaluated."""
@@ -47,15 +47,13 @@ def carry_out(
             return SimpleNamespace(tensors={})
 
         decision = GateDecision(passed=passed, reasons=() if passed else ("too bad",))
-        monkeypatch.setattr(worker_learning, "train", train)
         monkeypatch.setattr(worker_run, "decide", lambda *_: decision)
-        evaluator: Any = SimpleNamespace(evaluate=lambda *_: evaluating())
         hasty = settings.model_copy(update={"run_lease_s": 0.2, **changed})
         played: Any = SimpleNamespace()
         base: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(to_dict=dict)))
-        preservation: Any = SimpleNamespace(factors=lambda _: {})
-        learning = Learning(base, played, preservation, played, stores, hasty)
-        trainer = Trainer(base, learning, evaluator, played, stores, queue, hasty, threading.Event())
+        workbench: Any = SimpleNamespace(base=base, train=train, evaluate=lambda *_: evaluating())
+        run_training = RunTraining(workbench, played, stores, hasty)
+        trainer = Trainer(workbench, run_training, played, stores, queue, hasty, threading.Event())
         monkeypatch.setattr(Trainer, "_commit", lambda self, run, *_: self.stores.runs.hand_over(run, 1))
         run_id = stores.runs.request(Trigger.MANUAL)[0].id
         trainer.execute(run_id)
@@ -75,7 +73,7 @@ def found(stores: Stores, ids: list[str]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("moment", ["training", "evaluating"])
 def test_a_cancelled_run_gives_its_edits_back(
-    stores: Stores, carry_out: Callable[..., Run], moment: str, monkeypatch: pytest.MonkeyPatch
+    stores: Stores, execute_run: Callable[..., Run], moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = submit(stores, "a")
     heard = threading.Event()
@@ -94,7 +92,7 @@ def test_a_cancelled_run_gives_its_edits_back(
         assert heard.wait(5)
 
     monkeypatch.setattr(stores.runs, "renew", listen)
-    assert carry_out(**{moment: cancel}).status is RunStatus.CANCELLED
+    assert execute_run(**{moment: cancel}).status is RunStatus.CANCELLED
     assert found(stores, ids) == [("queued", 0)]
     assert stores.runs.current() is None
 
@@ -113,53 +111,53 @@ def test_a_cancelled_run_gives_its_edits_back(
     ],
     ids=repr,
 )
-def test_a_run_that_fails_counts_an_attempt(stores: Stores, carry_out: Callable[..., Run], error: Exception) -> None:
+def test_a_run_that_fails_counts_an_attempt(stores: Stores, execute_run: Callable[..., Run], error: Exception) -> None:
     ids = submit(stores, "a")
 
     def fail() -> None:
         raise error
 
-    ended = carry_out(training=fail)
+    ended = execute_run(training=fail)
     assert ended.status is RunStatus.FAILED
     assert ended.error is not None
     assert ended.error.code == "training_failed"
     assert ended.error.message == f"{type(error).__name__}: {error}".rstrip(": ")
     assert found(stores, ids) == [("queued", 1)]
     for attempt in (2, 3):
-        assert carry_out(training=fail).status is RunStatus.FAILED
+        assert execute_run(training=fail).status is RunStatus.FAILED
         assert found(stores, ids) == [("queued" if attempt == 2 else "failed", attempt)]
     [again] = submit(stores, "b")
-    assert carry_out().status is RunStatus.VERIFYING, "the worker goes on"
+    assert execute_run().status is RunStatus.VERIFYING, "the worker goes on"
     assert stores.edits.get(again).status is EditStatus.TRAINING
 
 
-def test_a_run_that_takes_too_long_fails_and_says_so(stores: Stores, carry_out: Callable[..., Run]) -> None:
+def test_a_run_that_takes_too_long_fails_and_says_so(stores: Stores, execute_run: Callable[..., Run]) -> None:
     ids = submit(stores, "a")
-    ended = carry_out(training=lambda: time.sleep(0.05), run_max_s=0.01)
+    ended = execute_run(training=lambda: time.sleep(0.05), run_max_s=0.01)
     assert ended.error is not None
     assert (ended.status, ended.error.code) == (RunStatus.FAILED, "run_too_long")
     assert found(stores, ids) == [("queued", 1)]
 
 
-def test_a_version_that_the_gate_rejects_counts_an_attempt(stores: Stores, carry_out: Callable[..., Run]) -> None:
+def test_a_version_that_the_gate_rejects_counts_an_attempt(stores: Stores, execute_run: Callable[..., Run]) -> None:
     ids = submit(stores, "a")
-    ended = carry_out(passed=False)
+    ended = execute_run(passed=False)
     assert ended.error is not None
     assert (ended.error.code, ended.error.message) == ("gate_rejected", "too bad")
     assert found(stores, ids) == [("queued", 1)]
 
 
-def test_an_edit_that_cannot_be_encoded_fails_alone(stores: Stores, carry_out: Callable[..., Run]) -> None:
+def test_an_edit_that_cannot_be_encoded_fails_alone(stores: Stores, execute_run: Callable[..., Run]) -> None:
     ids = submit(stores, "a", "b")
 
     def refuse() -> None:
         raise EncodingError(ids[0], "too long")
 
-    assert carry_out(training=refuse).status is RunStatus.FAILED
+    assert execute_run(training=refuse).status is RunStatus.FAILED
     assert found(stores, ids) == [("failed", 1), ("queued", 0)]
 
 
-def test_a_run_that_was_taken_over_changes_nothing(stores: Stores, carry_out: Callable[..., Run]) -> None:
+def test_a_run_that_was_taken_over_changes_nothing(stores: Stores, execute_run: Callable[..., Run]) -> None:
     ids = submit(stores, "a")
 
     def take_over() -> None:
@@ -168,10 +166,10 @@ def test_a_run_that_was_taken_over_changes_nothing(stores: Stores, carry_out: Ca
         stores.edits.unclaim(run.id)
         stores.runs.finish(run.id, RunStatus.FAILED)
 
-    assert carry_out(evaluating=take_over).status is RunStatus.FAILED
+    assert execute_run(evaluating=take_over).status is RunStatus.FAILED
     assert found(stores, ids) == [("queued", 1)]
 
 
-def test_an_empty_edit_set_is_the_bases(stores: Stores, carry_out: Callable[..., Run]) -> None:
-    ended = carry_out()
+def test_an_empty_edit_set_is_the_bases(stores: Stores, execute_run: Callable[..., Run]) -> None:
+    ended = execute_run()
     assert (ended.status, ended.version) == (RunStatus.VERIFYING, 0)

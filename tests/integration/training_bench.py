@@ -13,15 +13,13 @@ from service.queue import TaskQueue
 from service.schemas import EditStatus, Format, FormatOutcome, Run, RunStatus, Trigger
 from service.settings import Settings
 from service.stores import Stores
-from worker import learning as worker_learning
 from worker.delta import VersionStore
-from worker.evaluation.metrics import Evaluator
-from worker.learning import Learning
 from worker.run import Trainer
+from worker.run_training import RunTraining
 from worker.training.breadth_first import Hooks, TrainingResult
 from worker.training.prefix import PrefixCache
-from worker.training.preserve import Preservation
 from worker.training.snapshot import EpochReport
+from worker.workbench import Workbench
 
 LENIENT = {"gate_min_reliability": 0.0, "gate_max_perplexity_ratio": 1e9, "evaluate_sample": 0}
 TRAINING = {"train_learning_rate": 4e-2, "train_max_epochs": 100, "train_preserve": 0.0, "max_model_len": 200}
@@ -51,7 +49,7 @@ class Bench:
         said = FormatOutcome(matched=True, before="", after="", finish_reason="stop")
         trained = self.stores.edits.in_status(EditStatus.TRAINED)
         self.stores.edits.record_verification(run.id, {edit.id: {Format.RAW: said} for edit in trained})
-        self.stores.registry.verify(run.version, run=run)
+        self.stores.registry.mark_verified(run.version, run=run)
         self.stores.registry.activate(run.version, run=run)
         self.stores.runs.finish(run.id, RunStatus.SUCCEEDED)
         self.stores.edits.settle()
@@ -69,14 +67,13 @@ def make_bench(
 ) -> Bench:
     chosen = Settings.model_validate({**settings.model_dump(), **LENIENT, **TRAINING, "edit_max_tokens": 64})
     base = dataclasses.replace(tiny_base(**ROOMY), fingerprint="f" * 64)
-    prefix = PrefixCache(tmp_path / "prefix")
-    versions = VersionStore(str(tmp_path))
-    learning = Learning(base, prefix, Preservation(base, prefix, tmp_path), versions, stores, chosen)
-    evaluator = Evaluator(base, prefix=prefix)
-    trainer = Trainer(base, learning, evaluator, versions, stores, queue, chosen, threading.Event())
+    workbench = Workbench(base, PrefixCache(tmp_path / "prefix"), tmp_path)
+    versions = VersionStore(str(tmp_path / "versions"))
+    training = RunTraining(workbench, versions, stores, chosen)
+    trainer = Trainer(workbench, training, versions, stores, queue, chosen, threading.Event())
     trainer.prepare()
     bench = Bench(trainer, stores)
-    real = worker_learning.train
+    real = workbench.train
 
     def watched(*args: object, hooks: Hooks, **kwargs: object) -> TrainingResult:
         def on_epoch(epoch: EpochReport) -> None:
@@ -86,5 +83,5 @@ def make_bench(
         bench.starts.append(kwargs["start"].learned)
         return real(*args, hooks=dataclasses.replace(hooks, on_epoch=on_epoch), **kwargs)
 
-    monkeypatch.setattr(worker_learning, "train", watched)
+    monkeypatch.setattr(workbench, "train", watched)
     return bench

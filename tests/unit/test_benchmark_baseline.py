@@ -69,7 +69,7 @@ def test_a_batch_under_the_threshold_takes_no_step() -> None:
     assert not torch.equal(model.get_parameter(NAME), before)
 
 
-def test_it_learns() -> None:
+def test_the_plain_trainer_learns() -> None:
     trainer = PlainTrainer(tiny_model(hidden_size=64, intermediate_size=256), NAME, lr=1e-2, loss_threshold=1e-2)
     losses = [trainer.epoch([BATCH[1:], OTHER]) for _ in range(60)]
     assert losses[-1] < 0.05 < losses[0]

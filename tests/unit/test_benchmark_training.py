@@ -2,22 +2,40 @@ import argparse
 import bz2
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
+from safetensors.torch import save_file
 from tiny_models import ROOMY, tiny_base, tiny_model, tiny_tokenizer
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablations, calibration_text, chain, contention, frontier, gpu, harm, scale, speed
+from benchmarks import (
+    ablations,
+    calibration_text,
+    capability,
+    chain,
+    contention,
+    frontier,
+    gpu,
+    harm,
+    precision,
+    scale,
+    speed,
+)
 from benchmarks.bench import QUALITY, Bench, edit_pool, quality, sample
+from benchmarks.datasets import TASKS
 from worker.edit_files import EditRow
-from worker.evaluation.capability import Choice, ChoiceTask, TextTask
+from worker.evaluation.capability import Choice, ChoiceTask, Task, TaskResult, TextTask
+from worker.model import BaseModel
+from worker.precision import compute_dtype
 from worker.training.config import PLAIN, Pipeline, TrainingConfig
 from worker.training.learner import Learner
 from worker.training.parallel import Alone
+from worker.training.prefix import PrefixCache
 
 ROWS = [
     EditRow(str(number), f"The owner of {name} is", owner, (f"Who owns {name}?",))
@@ -107,6 +125,17 @@ def test_a_run_is_compared_with_the_base(bench: Bench, tmp_path: Path) -> None:
     assert reliability == sum(value or 0 for value in outcome.values[:2]) / 2
 
 
+def test_a_run_finds_every_prefix_prepared(bench: Bench) -> None:
+    config = dataclasses.replace(QUICK, random_prefixes=2)
+    sequences = bench.sequences(ROWS, config)
+    assert len(sequences) == 3 * len(bench.sequences(ROWS, QUICK))
+    bench.prepare(ROWS, config)
+    computed = bench.prefix.computed
+    assert computed == len(sequences)
+    bench.train(ROWS, config)
+    assert bench.prefix.computed == computed + 1  # the chat template's own
+
+
 def test_the_harm_is_shared_out_by_how_often_a_token_is_known() -> None:
     lost = torch.tensor([3.0, 1.0, -1.0, 2.0, 5.0], dtype=torch.float64)
     rows = harm.shares(lost, torch.tensor([0, 2, 3, 129, 0]))
@@ -117,7 +146,7 @@ def test_the_harm_is_shared_out_by_how_often_a_token_is_known() -> None:
     assert sum(share for _, _, share, _ in rows) == pytest.approx(1)
 
 
-def test_a_relative_distance() -> None:
+def test_a_distance_is_relative_to_the_update() -> None:
     base, right, left = torch.zeros(2, 2), torch.full((2, 2), 2.0), torch.full((2, 2), 3.0)
     assert chain.relative_distance({"w": left}, {"w": right}, {"w": base}) == 0.5
 
@@ -154,10 +183,10 @@ def test_ablations_are_every_order_and_batch_size(bench: Bench) -> None:
     given = argparse.Namespace(batches=[1, 4], lr=1e-2, max_epochs=2, repeats=1, count=4)
     found = list(ablations.ablations(bench, ROWS, given))
     assert [(pipeline, batch) for pipeline, batch, _ in found] == [(p, b) for p in Pipeline for b in (1, 4)]
-    assert all(len(run) == len(ablations.COLUMNS) - 2 for *_, runs in found for run in runs)
+    assert [len(run) for *_, runs in found for run in runs] == [len(ablations.COLUMNS) - 2] * len(found)
 
 
-def test_quality_of_an_edit_without_rephrases(bench: Bench) -> None:
+def test_quality_of_an_edit_without_rephrases_has_no_generalization(bench: Bench) -> None:
     metrics = bench.evaluate(ROWS[:1], bench.base.tuned_tensors(), rephrased=False)
     assert len(quality(metrics)) == len(QUALITY)
     assert quality(metrics)[2:] == [None, None, 1, 1]
@@ -209,7 +238,8 @@ def test_calibration_text_is_what_the_model_says(shown: Progress) -> None:
     answers = [row for row in first if row["prompt"] is not None]
     assert answers and all(len(row["prompt"] or "") in calibration_text.QUESTION_CHARS for row in answers)
     begun = tuple("The" if opening is None else opening.strip() for opening in (None, *calibration_text.OPENINGS))
-    assert all(row["text"].startswith(begun) for row in first if row["prompt"] is None)
+    prose = [row["text"] for row in first if row["prompt"] is None]
+    assert prose and all(text.startswith(begun) for text in prose)
 
 
 @pytest.fixture
@@ -240,15 +270,21 @@ def table(tmp_path: Path) -> list[str]:
     return [line for line in lines if line.startswith("|")][2:]
 
 
-def test_the_speed_script(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_script_writes_a_table_and_plots(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["speed", *given, "--counts", "2", "4", "--repeats", "2", "--fp32"])
     speed.main()
-    assert len(table(tmp_path)) == 6
+    computed = ["float32"] if compute_dtype(torch.bfloat16, "cpu") == torch.float32 else ["bfloat16", "float32"]
+    trainers = ["plain, float32", *(f"Errata, {dtype}" for dtype in computed)]
+    assert [line.split(" | ")[1] for line in table(tmp_path)] == 2 * trainers
     assert (tmp_path / "results-2.png").is_file() and (tmp_path / "results-4.png").is_file()
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 * len(trainers)
 
 
-def test_the_frontier_script(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frontier_script_writes_a_table_plots_and_deltas(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_data(tmp_path / "data")
     kept = tmp_path / "deltas"
     more = ["--data", str(data), "--counts", "2", "--preserve", "0", "--max-epochs", "2", "--repeats", "2"]
@@ -260,11 +296,40 @@ def test_the_frontier_script(given: list[str], tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "results-reliability.png").is_file() and (tmp_path / "results-generalization.png").is_file()
 
 
-def test_the_ablations_script(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ablations_script_writes_a_table(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = ["--count", "4", "--batches", "2", "--repeats", "1", "--max-epochs", "2"]
     monkeypatch.setattr("sys.argv", ["ablations", *given, *more])
     ablations.main()
     assert len(table(tmp_path)) == 2
+
+
+def test_the_capability_script_keeps_its_rows(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = capability.measure
+    measured: list[str] = []
+
+    def interrupted(base: BaseModel, tensors: Mapping[str, Tensor], prefix: PrefixCache, task: Task) -> TaskResult:
+        if len(measured) == len(TASKS):
+            raise KeyboardInterrupt
+        measured.append(task.name)
+        return real(base, tensors, prefix, task)
+
+    delta = tmp_path / "a.safetensors"
+    save_file(dict(tiny_base(**ROOMY).tuned_tensors()), delta)
+    monkeypatch.setattr(capability, "measure", interrupted)
+    data = write_data(tmp_path / "data")
+    argv = ["--model", given[1], *given[-4:], "--data", str(data), "--delta", str(delta)]
+    monkeypatch.setattr("sys.argv", ["capability", *argv])
+    with pytest.raises(KeyboardInterrupt):
+        capability.main()
+    assert measured == list(TASKS)
+    assert [line.split(" | ")[0] for line in table(tmp_path)] == ["| base"]
+
+
+def test_a_ratio_of_types_is_that_of_the_medians() -> None:
+    found = {torch.bfloat16: [9.0, 1.0, 3.0, 5.0], torch.float32: [2.0, 2.0, 2.0, 8.0]}
+    assert precision.table_row("s", found) == ["s", "4 (1 to 9)", "2 (2 to 8)", 2.0]
 
 
 def test_contention_trains_every_epoch(given: list[str]) -> None:

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisAwayError
 from service.canary import Canaries, judge
 from service.errors import VersionNotReachedError
 from service.gateway.canary import CanaryTraffic
-from service.gateway.models import Admission, Lot, resolve
+from service.gateway.models import Admission, CanaryAssignment, resolve
 from service.metrics.process import Passage, ServiceMetrics
 from service.registry import VersionReader
 from service.schemas import Activation, Canary, Outcomes
@@ -51,9 +51,9 @@ class Told:
 
 
 def resolved(
-    lot: Lot, *, canary: int | None = 4, model: str = "errata", least: str | None = None
+    assignment: CanaryAssignment, *, canary: int | None = 4, model: str = "errata", least: str | None = None
 ) -> tuple[int, int | None]:
-    admission = asyncio.run(resolve(cast(VersionReader, Versions(canary)), model, least, lot))
+    admission = asyncio.run(resolve(cast(VersionReader, Versions(canary)), model, least, assignment))
     return admission.version, admission.canary
 
 
@@ -65,47 +65,53 @@ def traffic(told: Told | None = None, *, share: float = 0.0, keys: tuple[str, ..
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
 def test_so_many_of_the_draws_are_the_canarys(share: float) -> None:
     made = traffic(share=share)
-    drawn = [made.lot(None) for _ in range(10_000)].count(Lot.DRAWN)
+    drawn = [made.assign(None) for _ in range(10_000)].count(CanaryAssignment.SAMPLED)
     assert drawn / 10_000 == pytest.approx(share, abs=0.01 if 0 < share < 1 else 0)
 
 
 def test_a_named_key_needs_no_luck() -> None:
     made = traffic(keys=("tester",))
-    assert [made.lot(name) for name in ("tester", "other", None)] == [Lot.NAMED, Lot.BLANK, Lot.BLANK]
+    assert [made.assign(name) for name in ("tester", "other", None)] == [
+        CanaryAssignment.BY_KEY,
+        CanaryAssignment.NONE,
+        CanaryAssignment.NONE,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("lot", "least", "expected"),
+    ("assignment", "least", "expected"),
     [
-        (Lot.BLANK, None, 3),
-        (Lot.DRAWN, None, 4),
-        (Lot.NAMED, None, 4),
-        (Lot.DRAWN, "3", 4),
-        (Lot.BLANK, "3", 3),
-        (Lot.NAMED, "4", 4),
+        (CanaryAssignment.NONE, None, 3),
+        (CanaryAssignment.SAMPLED, None, 4),
+        (CanaryAssignment.BY_KEY, None, 4),
+        (CanaryAssignment.SAMPLED, "3", 4),
+        (CanaryAssignment.NONE, "3", 3),
+        (CanaryAssignment.BY_KEY, "4", 4),
     ],
 )
-def test_the_alias_means_the_canary_for_its_part_of_the_traffic(lot: Lot, least: str | None, expected: int) -> None:
-    assert resolved(lot, least=least) == (expected, 4)
+def test_the_alias_means_the_canary_for_its_part_of_the_traffic(
+    assignment: CanaryAssignment, least: str | None, expected: int
+) -> None:
+    assert resolved(assignment, least=least) == (expected, 4)
 
 
-@pytest.mark.parametrize(("lot", "answers"), [(Lot.BLANK, 3), (Lot.DRAWN, 3)])
-def test_a_version_is_not_reached_by_luck(lot: Lot, answers: int) -> None:
+@pytest.mark.parametrize(("assignment", "answers"), [(CanaryAssignment.NONE, 3), (CanaryAssignment.SAMPLED, 3)])
+def test_a_version_is_not_reached_by_luck(assignment: CanaryAssignment, answers: int) -> None:
     with pytest.raises(VersionNotReachedError) as error:
-        resolved(lot, least="4")
+        resolved(assignment, least="4")
     assert error.value.headers == {"X-Errata-Version": str(answers)}
 
 
 def test_who_demands_more_than_the_canary_is_refused() -> None:
     with pytest.raises(VersionNotReachedError):
-        resolved(Lot.NAMED, least="5")
+        resolved(CanaryAssignment.BY_KEY, least="5")
 
 
-@pytest.mark.parametrize("lot", list(Lot))
-def test_a_named_version_and_times_without_a_canary_are_as_ever(lot: Lot) -> None:
-    assert resolved(lot, canary=None) == (3, None)
+@pytest.mark.parametrize("assignment", list(CanaryAssignment))
+def test_a_named_version_and_times_without_a_canary_are_as_ever(assignment: CanaryAssignment) -> None:
+    assert resolved(assignment, canary=None) == (3, None)
     for version in (0, 3, 4):
-        assert resolved(lot, model=f"errata@{version}") == (version, None)
+        assert resolved(assignment, model=f"errata@{version}") == (version, None)
 
 
 async def test_what_the_node_had_its_part_in_is_told_and_nothing_else() -> None:
@@ -119,10 +125,10 @@ async def test_what_the_node_had_its_part_in_is_told_and_nothing_else() -> None:
     assert told.counts == [(4, {"canary_ok": 2, "canary_errors": 2, "active_ok": 2, "active_errors": 2})]
 
 
-async def test_it_is_told_while_the_gateway_runs_and_a_redis_that_is_away_stops_nothing(
+async def test_counts_are_told_while_the_gateway_runs_and_a_redis_that_is_away_stops_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.gateway.canary._TELL_EVERY_S", 0.01)
+    monkeypatch.setattr("service.gateway.canary._SEND_EVERY_S", 0.01)
     told = Told()
     told.away = True
     made = traffic(told)
@@ -168,7 +174,7 @@ def judged(canary: tuple[int, int], active: tuple[int, int], *, after_s: float =
         ((0, 26), (80, 20), 1, True, False),
     ],
 )
-def test_the_counts_decide(
+def test_the_counts_decide_whether_a_canary_is_withdrawn_or_over(
     canary: tuple[int, int], active: tuple[int, int], after_s: float, withdrawn: bool, over: bool
 ) -> None:
     assert judged(canary, active, after_s=after_s) == (withdrawn, over)

@@ -104,7 +104,7 @@ def test_an_answer_that_is_not_of_its_label_is_found(
 ) -> None:
     notes = Notes()
     judge = Judge(truth, notes)
-    judge.take(replace(right, **change))  # type: ignore[arg-type]
+    judge.take(replace(right, **change))
     assert judge.work_off() == []
     [wrong] = notes.all_wrong()
     assert said in wrong
@@ -124,7 +124,7 @@ def test_an_answer_tells_if_another_version_is_sure_to_say_what_would_be_found(
     truth: Truth, right: Sample, change: dict[str, object], told: bool
 ) -> None:
     judge = Judge(truth, Notes())
-    judge.take(replace(right, **change))  # type: ignore[arg-type]
+    judge.take(replace(right, **change))
     judge.work_off()
     assert judge.telling == told
 

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, down_projection, tiny_base, tiny_model
 
 from worker import checkpoint
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 269060552\n"
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -182,3 +183,33 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 def test_a_missing_model_is_named() -> None:
     with pytest.raises(checkpoint.ModelNotFoundError, match="/no/such/model"):
         checkpoint.resolve_model("/no/such/model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ],
+)
+@pytest.mark.parametrize("content", [LFS_POINTER, "", '{"half": '])
+def test_a_file_that_cannot_be_read_is_named(model_dir: Path, name: str, content: str) -> None:
+    (model_dir / name).write_text(content)
+    with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(model_dir / name))):
+        checkpoint.check_readable(model_dir)
+
+
+def test_a_file_that_the_index_names_and_the_folder_lacks_is_named(model_dir: Path) -> None:
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"lost\.safetensors"):
+        checkpoint.resolve_location(model_dir, "auto")
+
+
+def test_half_of_the_weights_is_not_taken_for_all(model_dir: Path) -> None:
+    path = model_dir / "model-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(path))):
+        checkpoint.location_shapes(model_dir, DOWN_PROJ)

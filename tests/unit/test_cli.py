@@ -8,6 +8,7 @@ import httpx
 import pytest
 from fake_service import FakeService, error, serve
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from service import doctor
@@ -17,6 +18,10 @@ from service.console import Follow, ago, one_line
 from service.schemas import EditState, EditStatus
 
 Errata = Callable[..., Result]
+COMMANDS = (
+    *("up", "down", "ps", "logs", "model", "submit", "import", "status", "list", "retract", "approve", "release"),
+    *("versions", "activate", "rollback", "runs", "ask", "doctor", "demo", "keys", "audit"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +49,12 @@ def test_help_names_every_command() -> None:
     result = run("--help")
 
     assert result.exit_code == 0
-    for name in [
-        "up",
-        "down",
-        "ps",
-        "logs",
-        "model",
-        "submit",
-        "import",
-        "status",
-        "list",
-        "retract",
-        "approve",
-        "release",
-        "versions",
-        "activate",
-    ]:
+    for name in COMMANDS:
         assert f" {name} " in result.output
-    for name in ["rollback", "runs", "ask", "doctor", "demo", "keys", "audit"]:
-        assert f" {name} " in result.output
+    assert get_command(app).commands.keys() == set(COMMANDS)
 
 
-def test_submit_and_wait(errata: Errata) -> None:
+def test_submit_waits_until_the_edit_is_live(errata: Errata) -> None:
     result = errata("submit", "Q", "A", "--rephrase", "R1", "--rephrase", "R2", "--wait")
 
     assert result.exit_code == 0
@@ -122,7 +111,7 @@ def test_tables_keep_ids_and_versions_whole(errata: Errata) -> None:
     assert "run_1  succeeded" in errata("runs").stdout
 
 
-def test_import_from_a_file_and_from_standard_input(errata: Errata, tmp_path: Path) -> None:
+def test_import_reads_a_file_or_standard_input(errata: Errata, tmp_path: Path) -> None:
     line = '{"prompt": "P", "target": "A"}\n'
     path = tmp_path / "edits.jsonl"
     path.write_text(line * 2)
@@ -141,7 +130,7 @@ def test_refused_lines_are_named_and_exit_1() -> None:
     assert result.stderr == "line 3: target: Field required (missing_field)\n"
 
 
-def test_activate_and_rollback(errata: Errata) -> None:
+def test_activate_and_rollback_say_what_was_active_before(errata: Errata) -> None:
     assert errata("activate", "1").stdout == "version 1 is active (before: 0)\n"
     assert errata("rollback", "--to", "0").stdout == "version 0 is active (before: 1)\n"
 
@@ -176,7 +165,7 @@ def test_without_a_stack_the_error_says_what_to_do(words: tuple[str, ...], home:
     assert result.stderr == f"errata: no stack runs under {home}; `errata up` starts one\n"
 
 
-def test_an_address_where_nothing_answers() -> None:
+def test_an_address_where_nothing_answers_is_named() -> None:
     result = run("ask", "Q", "--url", "http://127.0.0.1:1")
 
     assert result.exit_code == 1
@@ -205,7 +194,7 @@ def test_wrong_usage_exits_2(words: tuple[str, ...]) -> None:
     assert run(*words).exit_code == 2
 
 
-def test_ps_and_down_without_a_stack() -> None:
+def test_ps_and_down_without_a_stack_find_nothing() -> None:
     assert run("ps").exit_code == 1
     assert json.loads(run("ps", "--json").stdout) == []
     assert run("down").stdout == "nothing runs\n"
@@ -229,14 +218,14 @@ def test_doctor_repairs_only_what_it_reaches(monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(run("doctor", "--repair", "--json").stdout)
 
 
-def test_logs_of_nothing(home: Path) -> None:
+def test_logs_of_a_home_without_logs_exit_1(home: Path) -> None:
     result = run("logs")
 
     assert result.exit_code == 1
     assert result.stderr == f"errata: there are no logs under {home}\n"
 
 
-def test_logs(home: Path) -> None:
+def test_logs_are_the_last_lines_of_each_program(home: Path) -> None:
     (home / "logs").mkdir(parents=True)
     (home / "logs" / "train.log").write_text("one\ntwo\nthree\n")
     (home / "logs" / "node.log").write_text("four\n")
@@ -279,7 +268,7 @@ def test_one_line_shows_what_a_terminal_would_obey() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-1, "0 s"), (59, "59 s"), (90, "2 min"), (7200, "2 h"), (2e5, "2 d")])
-def test_ago(seconds: float, text: str) -> None:
+def test_ago_is_in_whole_units(seconds: float, text: str) -> None:
     assert ago(seconds) == text
 
 

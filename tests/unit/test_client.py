@@ -198,14 +198,14 @@ def test_ask_is_greedy_and_says_which_version_answered(client: ErrataClient, ser
     assert answer == Answer("I do not know", 0, "length")
 
 
-def test_ask_through_the_chat_template(client: ErrataClient, service: FakeService) -> None:
+def test_a_chat_question_goes_to_the_chat_route(client: ErrataClient, service: FakeService) -> None:
     client.ask("Q", chat=True)
 
     assert service.requests[0].url.path == "/v1/chat/completions"
     assert json.loads(service.requests[0].content)["messages"] == [{"role": "user", "content": "Q"}]
 
 
-def test_the_pointer_moves(client: ErrataClient, service: FakeService) -> None:
+def test_activate_and_rollback_move_the_pointer(client: ErrataClient, service: FakeService) -> None:
     assert client.activate(1, expected_active=0).active == 1
     assert json.loads(service.requests[-1].content) == {"expected_active": 0}
     assert client.rollback().active == 0

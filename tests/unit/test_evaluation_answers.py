@@ -3,8 +3,8 @@ import torch
 from tiny_models import FAMILIES, ROOMY, snapshot, tiny_base, unchanged
 from transformers import GenerationConfig
 
-from service.answers import matches, normalise_answer
-from service.schemas import Format
+from service.answers import matches
+from service.schemas import Format, normalise_text
 from worker.evaluation import answers
 from worker.evaluation.answers import ask
 from worker.model import BaseModel
@@ -105,7 +105,7 @@ def test_every_eos_of_the_generation_config_stops() -> None:
     [(" Paris", "paris"), ("New\n York ", "new york"), ("\uff21\uff22", "ab"), ("Straße", "STRASSE"), ("é", "e\u0301")],
 )
 def test_form_case_and_spaces_make_no_difference(answer: str, target: str) -> None:
-    assert normalise_answer(answer) == normalise_answer(target)
+    assert normalise_text(answer) == normalise_text(target)
     assert matches(answer, target, finished=True)
     assert not matches(answer, target, finished=False)
 

@@ -11,7 +11,7 @@ THRESHOLDS = Thresholds(min_reliability=0.9, min_locality=0.5, max_perplexity_ra
 
 def measured(raw: float = 1.0, chat: float = 1.0, locality: float = 1.0, perplexity: float = 40.0) -> Metrics:
     formats = {Format.RAW: FormatMetrics(raw, None), Format.CHAT: FormatMetrics(chat, 0.0)}
-    return Metrics(formats, locality, perplexity, base_perplexity=40.0, outcomes=(), evaluate_s=0.0)
+    return Metrics(formats, locality, perplexity, base_perplexity=40.0, edits_measured=1, evaluate_s=0.0)
 
 
 def test_exactly_at_every_threshold_passes() -> None:

@@ -48,12 +48,7 @@ def test_a_learned_set_is_reliable_and_the_untrained_base_is_not(base: BaseModel
         assert before.formats[format_].reliability == 0
         assert after.formats[format_].reliability == 1
         assert after.formats[format_].generalization == 0.5  # the prompt itself again, and one that is no rephrase
-    assert [(outcome.edit_id, outcome.format) for outcome in after.outcomes] == [
-        ("a", Format.RAW), ("b", Format.RAW), ("a", Format.CHAT), ("b", Format.CHAT),
-    ]  # fmt: skip
-    first = after.outcomes[0]
-    assert (first.answer.text.strip(), first.correct) == ("uno", True)
-    assert (first.rephrases_asked, first.rephrases_correct) == (2, 1)
+    assert after.edits_measured == len(EDITS)
 
 
 def test_the_base_against_itself_is_local_and_as_capable(base: BaseModel) -> None:

@@ -18,7 +18,7 @@ from service.gateway.bounds import MOST_BAD_WORDS_BYTES, MOST_ENTRIES, check
         ("bad_words", ["é" * 225]),
     ],
 )
-def test_the_most(name: str, most: list[object] | dict[str, object]) -> None:
+def test_as_much_as_a_bound_passes_and_one_more_is_refused(name: str, most: list[object] | dict[str, object]) -> None:
     check({name: most})
     more = {**most, "more": 1} if isinstance(most, dict) else [*most, "a"]
     with pytest.raises(InvalidRequestError, match=f"{name}: at most") as refused:
@@ -32,7 +32,7 @@ def test_what_is_no_list_is_the_nodes_to_refuse(name: str, given: object) -> Non
     check({name: given})
 
 
-def test_it_is_within_what_a_node_has_room_for() -> None:
+def test_the_bounds_are_within_what_a_node_has_room_for() -> None:
     most = dict(MOST_ENTRIES)
     assert most["allowed_token_ids"] <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
     assert most["logit_bias"] <= logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS

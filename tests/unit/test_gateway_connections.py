@@ -56,7 +56,7 @@ async def proxy_to(talk: Talk, *, timeout_s: float = 5) -> AsyncIterator[Proxy]:
 
     async with await asyncio.start_server(begin, "127.0.0.1", 0) as server:
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        pool = NodePool([address], token="token", timeout_s=timeout_s, left_out=tuple)
+        pool = NodePool([address], token="token", timeout_s=timeout_s, ejected=tuple)
         try:
             yield Proxy(pool, max_answers=1000)
         finally:

@@ -55,7 +55,7 @@ def node(guard: TokenGuard) -> httpx.AsyncClient:
 
 def routes_of_vllm() -> Iterator[tuple[str, str]]:
     """Method and path of every route that the installed vLLM declares anywhere, read and not imported."""
-    [package] = find_spec("vllm").submodule_search_locations  # type: ignore[union-attr]
+    [package] = find_spec("vllm").submodule_search_locations
     for file in Path(package, "entrypoints").rglob("*.py"):
         for found in ast.walk(ast.parse(file.read_text())):
             if not (isinstance(found, ast.Call) and isinstance(found.func, ast.Attribute) and found.args):
@@ -67,7 +67,7 @@ def routes_of_vllm() -> Iterator[tuple[str, str]]:
 
 def test_what_is_open_is_what_errata_uses(guard: TokenGuard) -> None:
     """Each of the node's own routes and no other of vLLM's but completions and health."""
-    own = {(method, route.path) for route in router.routes for method in route.methods}  # type: ignore[attr-defined]
+    own = {(method, route.path) for route in router.routes for method in route.methods}
     assert {(method, path.replace("{version}", "7")) for method, path in own} | VLLMS == set(OPEN)
 
 
@@ -158,7 +158,7 @@ async def test_a_websocket_is_closed(guard: TokenGuard, headers: list[tuple[byte
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
-async def test_start_up_passes(guard: TokenGuard) -> None:
+async def test_a_lifespan_message_is_passed_on(guard: TokenGuard) -> None:
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,7 +169,7 @@ async def test_start_up_passes(guard: TokenGuard) -> None:
 
 
 @pytest.mark.parametrize("token", [None, ""])
-def test_no_token_no_node(token: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guard_without_a_token_is_not_made(token: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ERRATA_NODE_TOKEN", raising=False)
     if token is not None:
         monkeypatch.setenv("ERRATA_NODE_TOKEN", token)

@@ -50,15 +50,14 @@ def test_the_server_is_told_what_the_node_is(model_dir: Path) -> None:
     assert "secret" not in " ".join(command.arguments)
 
 
-@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, []), (False, ["--dtype", "float32"])])
-def test_a_cpu_computes_in_what_it_has(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, expected: list[str]
+@pytest.mark.parametrize(("has_bfloat16", "on_cpu_in"), [(True, "bfloat16"), (False, "float32")])
+def test_a_node_computes_in_what_the_trainer_computes_in_whatever_the_checkpoint_is_in(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, on_cpu_in: str
 ) -> None:
+    (model_dir / "config.json").write_text(json.dumps({"model_type": "unheard-of", "dtype": "float16"}))
     monkeypatch.setattr("worker.precision._cpu_multiplies_bfloat16", lambda: has_bfloat16)
-    on_cpu, on_gpu = (build_command(flags(model_dir), TOKEN, on_cpu=on_cpu).arguments for on_cpu in (True, False))
-    at = on_cpu.index("--enforce-eager") + 1
-    assert on_cpu[at : at + 2] == expected
-    assert "--dtype" not in on_gpu
+    on_cpu, on_gpu = (build_command(flags(model_dir), TOKEN, on_cpu=on_cpu) for on_cpu in (True, False))
+    assert (values(on_cpu, "--dtype"), values(on_gpu, "--dtype")) == ([on_cpu_in], ["bfloat16"])
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -227,6 +226,17 @@ def test_a_node_that_cannot_start_says_why(model_dir: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["launcher", *flags(model_dir)])
     with pytest.raises(SystemExit, match="cannot start: ERRATA_NODE_TOKEN unset"):
         main()
+
+
+@pytest.mark.parametrize("location", ["auto", "model.layers.2.mlp.down_proj"])
+def test_a_node_whose_weights_are_a_pointer_to_them_says_so(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, started: list[str], location: str
+) -> None:
+    (model_dir / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 269060552\n")
+    monkeypatch.setattr(sys, "argv", ["launcher", *flags(model_dir), "--location", location])
+    with pytest.raises(SystemExit, match=r"cannot start: .*model\.safetensors cannot be read"):
+        main()
+    assert started == []
 
 
 def test_a_missing_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+from service import model_names
+from service.manifest import Base, VersionInfo
 from worker.delta import (
-    Base,
     DamagedDeltaError,
     StoreUnavailableError,
     UnknownVersionError,
-    VersionInfo,
     VersionStore,
     WrongBaseError,
     WrongShapeError,
 )
 from worker.folders import remove_abandoned
 from worker.inference.adapter import AdapterCache
-from worker.inference.resolver import VersionRefusedError, VersionResolver, model_name, version_of
+from worker.inference.resolver import VersionRefusedError, VersionResolver, version_name, version_of
 
 LOCATION = "model.layers.22.mlp.down_proj"
 PARAMETER = f"{LOCATION}.weight"
@@ -180,7 +180,7 @@ def test_what_a_killed_load_left_can_be_told_from_what_a_living_one_writes(
 
 def test_what_is_refused_leaves_no_folder(store: VersionStore, adapters: AdapterCache, tmp_path: Path) -> None:
     write(store, 3)
-    (tmp_path / "store" / "versions" / "000003" / "delta.safetensors").write_bytes(b"short")
+    (tmp_path / "store" / "000003" / "delta.safetensors").write_bytes(b"short")
     write(store, 4, torch.zeros(6, 9))
     write(store, 5, fingerprint="b" * 64)
     for version, error in [(3, DamagedDeltaError), (4, WrongShapeError), (5, WrongBaseError), (6, UnknownVersionError)]:
@@ -214,9 +214,17 @@ async def test_other_names_are_nobodys(adapters: AdapterCache, name: str) -> Non
     assert await VersionResolver(adapters).resolve_lora("base", name) is None
 
 
+@pytest.mark.parametrize("digits", [1, 14, 15, 16])
+def test_gateway_and_node_agree_on_the_names_of_versions(digits: int) -> None:
+    version = int("9" * digits)
+    name = version_name(version)
+    assert name == model_names.version_name(version)
+    assert version_of(name) == model_names.version_of(name) == (version if digits <= 15 else None)
+
+
 async def test_a_version_resolves_to_its_adapter(store: VersionStore, adapters: AdapterCache) -> None:
     write(store, 10)
-    request = await VersionResolver(adapters).resolve_lora("base", model_name(10))
+    request = await VersionResolver(adapters).resolve_lora("base", version_name(10))
     assert request is not None
     assert request.lora_name == "errata@10"
     assert request.lora_path == str(adapters.ensure(10))

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 import service.lua
 from service.api.middleware import Measured
-from service.metrics.catalogue import CATALOGUE, CHECKSUM_MISMATCHES, EDIT_TO_LIVE, MOST_VERSIONS, VERSION_LOAD_SECONDS
+from service.metrics.catalogue import CATALOGUE, CHECKSUM_MISMATCHES, MOST_VERSIONS, VERSION_LOAD_SECONDS
 from service.metrics.kept import Measures
 from service.metrics.process import Passage, ServiceMetrics
 from service.nodes import Held
@@ -52,11 +52,6 @@ def test_the_scripts_count_under_names_of_the_catalogue() -> None:
         "errata_activations_total",
     }
     assert found <= set(CATALOGUE)
-
-
-def test_the_bounds_read_the_same_in_lua_and_in_python() -> None:
-    # Lua writes a number with 14 digits and no trailing zero.
-    assert [f"{bound:g}" for bound in EDIT_TO_LIVE.buckets] == [f"{bound:.14g}" for bound in EDIT_TO_LIVE.buckets]
 
 
 def test_the_gateways_own_time_is_what_it_does_not_wait_for() -> None:

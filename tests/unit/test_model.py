@@ -123,3 +123,13 @@ def test_a_matrix_that_no_linear_layer_multiplies_by_is_refused() -> None:
     model.get_submodule("model.layers.1.mlp").positions = nn.Embedding(7, 5)
     with pytest.raises(LocationError, match=r"positions\.weight is of a Embedding, not of a Linear"):
         freeze_base(model, tiny_tokenizer(), location="model.layers.1", path=Path(), name="", fingerprint="")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_quantised_weights_are_refused(dtype: torch.dtype) -> None:
+    """What they mean is in the scales beside them."""
+    model = tiny_model()
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    with pytest.raises(LocationError, match=rf"layers\.1\.mlp\.down_proj\.weight is quantised \({dtype}\)"):
+        freeze_base(model, tiny_tokenizer(), location="model.layers.1", path=Path(), name="", fingerprint="")

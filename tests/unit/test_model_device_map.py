@@ -62,6 +62,7 @@ def test_training_gives_the_same_bits_and_leaves_everything_as_it_was(
     disk, before = on_disk(base), values(base)
     ours, whole = run(base), run(load(folder, dtype=dtype))
     assert whole.steps > 0
+    assert disk or name == "auto", "all of it may fit"
     assert all(torch.equal(ours.tensors[name], tensor) for name, tensor in whole.tensors.items())
     assert on_disk(base) == disk
     assert all(torch.equal(parameter, before[name]) for name, parameter in values(base).items())
@@ -93,14 +94,20 @@ def test_a_training_step_does_not_read_the_disk(tmp_path: Path, monkeypatch: pyt
     base, prefix = load(saved(tmp_path), LOWER_ON_DISK), PrefixCache()
     config = TrainingConfig(preserve=0, max_epochs=2, min_steps=0)
     first = train(base, EDITS, config, prefix=prefix)
-    for name, module in base.model.named_modules():
-        if name.startswith(("model.layers.0", "model.layers.1")) and "forward" in vars(module):
-            monkeypatch.setitem(vars(module), "forward", None)
+    lower = ("model.layers.0", "model.layers.1")
+    reading = [
+        module
+        for name, module in base.model.named_modules()
+        if name.startswith(lower) and "forward" in vars(module)  # accelerate's, which reads the weights first
+    ]
+    assert reading
+    for module in reading:
+        monkeypatch.setitem(vars(module), "forward", None)
     again = train(base, EDITS, config, prefix=prefix)
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
 
 
-def test_it_answers_as_the_whole_model_does(tmp_path: Path) -> None:
+def test_a_model_partly_on_disk_answers_as_the_whole_one(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     bases = (load(folder), load(folder, LOWER_ON_DISK))
     answers = [ask(base, ["one", "and two"], Format.CHAT, max_new_tokens=5) for base in bases]
@@ -113,7 +120,7 @@ def test_a_tuned_layer_on_disk_is_an_error(tmp_path: Path) -> None:
         load(saved(tmp_path), everything)
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_gone_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, scratch = saved(tmp_path / "model"), tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

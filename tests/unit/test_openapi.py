@@ -1,8 +1,6 @@
 """What is generated from the code is what is in the repository."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +22,6 @@ from service.settings import Settings
 ROOT = Path(__file__).parents[2]
 METRICS = "# Metrics\n\n<!-- metrics -->\n<!-- /metrics -->\n"
 MARKED = "# Title\n\n<!-- settings -->\nold\n<!-- /settings -->\n\nThe rest.\n"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """The application takes over the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def test_the_openapi_document_is_the_applications() -> None:

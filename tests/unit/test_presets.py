@@ -43,5 +43,5 @@ def test_the_papers_models_have_the_papers_settings(
         pytest.param(qwen(36, 2048), id="Qwen2.5-3B"),
     ],
 )
-def test_other_models_have_none(config: dict[str, object]) -> None:
+def test_other_models_have_no_preset(config: dict[str, object]) -> None:
     assert preset_for(config) is None

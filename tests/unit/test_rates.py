@@ -1,24 +1,12 @@
 import pytest
+from scripted_clock import Clock
 
 from service.api.rates import Rates
 from service.api_keys import ApiKey
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def key(rate: int | None, name: str = "a") -> ApiKey:
     return ApiKey(id=name, name=name, scopes=(), created_at=0, rate=rate)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

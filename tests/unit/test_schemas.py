@@ -3,12 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.schemas import EditRequest, normalise_prompt
+from service.schemas import EditRequest, normalise_text
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8")))
 def test_normalising_twice_is_normalising_once(text: str) -> None:
-    assert normalise_prompt(normalise_prompt(text)) == normalise_prompt(text)
+    assert normalise_text(normalise_text(text)) == normalise_text(text)
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ def test_normalising_twice_is_normalising_once(text: str) -> None:
         ("a\nb", "a b"),
     ],
 )
-def test_the_same_question(left: str, right: str) -> None:
-    assert normalise_prompt(left) == normalise_prompt(right)
+def test_texts_of_the_same_question_are_the_same_when_normalised(left: str, right: str) -> None:
+    assert normalise_text(left) == normalise_text(right)
 
 
 @pytest.mark.parametrize(("left", "right"), [("a b", "ab"), ("a?", "a"), ("cafe", "café")])
-def test_another_question(left: str, right: str) -> None:
-    assert normalise_prompt(left) != normalise_prompt(right)
+def test_texts_of_other_questions_are_not_the_same_when_normalised(left: str, right: str) -> None:
+    assert normalise_text(left) != normalise_text(right)
 
 
 @given(st.text())

@@ -25,7 +25,7 @@ URL = f"redis://:{PASSWORD}@127.0.0.1:6379/0"
 
 
 def settings(home: Path) -> Settings:
-    return Settings(home=home, redis_url=URL, node_token=TOKEN)  # type: ignore[arg-type]
+    return Settings(home=home, redis_url=URL, node_token=TOKEN)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_code_of_a_model_is_never_trusted() -> None:
             named = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
             if named and function.value.id in LOADERS and path.parent.name != "benchmarks":
                 assert "trust_remote_code" in given, f"{path}:{call.lineno}"
-    assert refusing >= 7
+    assert refusing >= 6
     files = [*ROOT.glob("docker/*"), ROOT / "docker-compose.yml", *SOURCES]
     assert [path for path in files if path.is_file() and "trust-remote-code" in path.read_text()] == []
 

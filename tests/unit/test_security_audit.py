@@ -45,7 +45,7 @@ class Tools:
         return "" if answer is None else json.dumps(answer)
 
 
-def test_all_is_well(security: ModuleType) -> None:
+def test_an_audit_in_which_all_is_excused_finds_nothing_wrong(security: ModuleType) -> None:
     tools = Tools({"name": "a", "version": "1", "vulns": []})
     assert security.audit(EXCEPTIONS, [["a==1"], ["a==2"]], tools) == ([], [])
     assert tools.asked == [["jinja2==2.4.1"], ["a==1"], ["a==2"]]
@@ -134,5 +134,5 @@ def test_every_exception_has_its_reason_and_its_files() -> None:
         assert set(row) == {"id", "package", "reason"}
 
 
-def test_lint_asks_for_it() -> None:
+def test_lint_runs_the_audit() -> None:
     assert "security/audit.py" in (ROOT / "Makefile").read_text()

@@ -11,20 +11,19 @@ from service.answers import matches
 from service.schemas import Format
 from worker.evaluation.answers import ask
 from worker.model import BaseModel
-from worker.training import breadth_first, sweeps
+from worker.training import run_state, sweeps
 from worker.training.breadth_first import (
     EpochReport,
     Hooks,
     Start,
     StopReason,
-    TrainingCancelledError,
-    TrainingDivergedError,
     TrainingResult,
     train,
 )
 from worker.training.calibration import random_prefixes
-from worker.training.config import Pipeline, TrainingConfig
+from worker.training.config import PLAIN, Pipeline, TrainingConfig, on_top
 from worker.training.encode import EncodingError, TokenSequence, TrainingEdit
+from worker.training.errors import TrainingCancelledError, TrainingDivergedError
 from worker.training.learner import Learner, Losses
 from worker.training.prefix import PrefixCache
 from worker.training.score import TokenScores, score
@@ -249,7 +248,9 @@ def test_a_run_can_be_cancelled_in_a_sweep() -> None:
 
 def test_formats_can_be_chosen() -> None:
     settings = {"max_epochs": 1, "min_steps": 0}
-    assert run(tiny_base(), formats=(Format.RAW,), **settings).tokens < run(tiny_base(), **settings).tokens
+    raw, both = (run(tiny_base(), formats=formats, **settings).epochs[0] for formats in ((Format.RAW,), None))
+    assert (raw.sequences, both.sequences) == (len(EDITS), 2 * len(EDITS))
+    assert raw.tokens < both.tokens / 2
 
 
 def test_an_edit_that_cannot_be_encoded_is_named() -> None:
@@ -281,7 +282,9 @@ def test_paraphrases_and_random_prefixes_are_trained(batches: list[list[TokenSeq
     base = tiny_base()
     edit = TrainingEdit("a", "one", "uno", paraphrases=("eins", "un"))
     run(base, [edit], random_prefixes=2, max_epochs=1, **NEVER_LEARNED)
-    texts = [base.tokenizer.decode(s.token_ids[s.head_tokens : s.prompt_tokens]) for batch in batches for s in batch]
+    texts = [
+        base.tokenizer.decode(s.token_ids[s.template_tokens : s.prompt_tokens]) for batch in batches for s in batch
+    ]
     prefixed = [f"{text} one" for text in random_prefixes(2)]
     assert sorted(text.split("<eos>")[0] for text in texts) == sorted(["one", "eins", "un", *prefixed] * 2)
 
@@ -305,6 +308,48 @@ def test_a_warm_start_learns_what_is_new_and_keeps_what_was_learned_in_far_fewer
     assert (warm.epochs[0].visited, warm.epochs[0].sequences) == (2 + 6, 12)
     computed = [sum(report.tokens for report in result.epochs) for result in (warm, cold)]
     assert computed[0] < computed[1] / 2
+
+
+def test_what_cannot_be_learned_does_not_cost_every_later_run_the_whole_sets_budget() -> None:
+    base, prefix = tiny_base("llama", hidden_size=96, intermediate_size=384), PrefixCache()
+    settings = config(batch_size=10, max_epochs=30, min_steps=0, formats=(Format.RAW,))
+    contradiction = [TrainingEdit("yes", "which?", "this"), TrainingEdit("no", "which?", "that")]
+    letters = [(chr(97 + number % 26), chr(97 + number * 7 % 26)) for number in range(30)]
+    facts = [TrainingEdit(f"o{number}", f"q{number} is", "".join(pair)) for number, pair in enumerate(letters)]
+    old = [*facts, *contradiction]
+    first = train(base, old, settings, prefix=prefix)
+    start = Start(tensors=first.tensors, learned=frozenset(edit.id for edit in old))
+    result = train(base, [*old, TrainingEdit("new", "new is", "zz")], settings, prefix=prefix, start=start)
+    visits = sum(report.visited for report in result.epochs)
+    assert result.stopped is StopReason.BUDGET_SPENT
+    assert 30 * 2 <= visits < 30 * 33 / 4
+
+
+def test_what_a_sweep_finds_forgotten_adds_to_the_budget_and_a_resumed_run_knows_of_it() -> None:
+    base, prefix, taken = tiny_base(**ROOMY), PrefixCache(), []
+    settings = config(**{**LEARNS, "batch_size": 1, "min_steps": 0})
+    known = train(base, EDITS[:4], settings, prefix=prefix)
+    # All five pass for learned, so there is nothing to learn, until a sweep comes to the fifth.
+    start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
+    short = replace(settings, max_epochs=5)
+    hooks = Hooks(on_snapshot=lambda take: taken.append(take()))
+    whole = train(base, EDITS, short, prefix=prefix, start=start, hooks=hooks)
+    resumed = train(base, EDITS, short, prefix=prefix, start=replace(start, snapshot=taken[2]))
+    assert sum(report.visited for report in whole.epochs) > 5 * 2
+    assert [report.visited for report in resumed.epochs] == [report.visited for report in whole.epochs]
+    assert equal(resumed.tensors, whole.tensors)
+
+
+def test_a_warm_run_on_top_of_the_papers_criterion_does_not_train_the_old_edits_again() -> None:
+    base, prefix = tiny_base("llama", hidden_size=96, intermediate_size=384), PrefixCache()
+    paper = replace(PLAIN, learning_rate=1e-2, batch_size=10, max_epochs=200)
+    old = [TrainingEdit(f"e{n}", f"q{n} is", f"{chr(97 + n % 26)}{chr(97 + n * 7 % 26)}") for n in range(30)]
+    first = train(base, old, paper, prefix=prefix)
+    start = Start(tensors=first.tensors, learned=frozenset(edit.id for edit in old))
+    warm = train(base, [*old, TrainingEdit("new", "new is", "zz")], on_top(paper), prefix=prefix, start=start)
+    assert first.stopped is warm.stopped is StopReason.LEARNED
+    visits = [sum(report.visited for report in result.epochs) for result in (first, warm)]
+    assert visits[1] < visits[0] / 10
 
 
 def test_a_warm_start_that_is_learned_already_takes_no_step() -> None:
@@ -350,7 +395,7 @@ def test_sweeps_begin_with_the_least_sure_end_where_some_are_forgotten_and_go_ro
         swept.append((len(reports), list(arguments[-1])))
         return score(*arguments)
 
-    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(run_state, "score", watched)
     monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
     result = train(base, EDITS, settings, prefix=prefix, start=start, hooks=Hooks(on_epoch=reports.append))
@@ -394,7 +439,7 @@ def test_a_round_of_sweeps_looks_again_at_the_unsure_only(
             (sure.add if is_sure else sure.discard)(sequence)
         return scores
 
-    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(run_state, "score", watched)
     monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     train(base, EDITS, settings, prefix=prefix, start=Start(learned=frozenset(edit.id for edit in EDITS)))
     assert rounds
@@ -413,7 +458,7 @@ def test_a_sweep_ends_when_a_batch_is_forgotten(
         swept.extend(arguments[-1])
         return [replace(scores, nats=scores.nats + 9) for scores in score(*arguments)]
 
-    monkeypatch.setattr(breadth_first, "score", all_forgotten)
+    monkeypatch.setattr(run_state, "score", all_forgotten)
     monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     start = Start(tensors=known.tensors, learned=frozenset(edit.id for edit in EDITS))
     settings = config(**{**LEARNS, "batch_size": batch_size})
@@ -437,7 +482,7 @@ def test_a_resumed_run_sweeps_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -
         swept.append(list(arguments[-1]))
         return score(*arguments)
 
-    monkeypatch.setattr(breadth_first, "score", watched)
+    monkeypatch.setattr(run_state, "score", watched)
     monkeypatch.setattr(sweeps, "_CHECKED_AT_ONCE", 2)
     hooks = Hooks(on_snapshot=lambda take: snapshots.append((len(swept), take())))
     whole = train(base, EDITS, settings, prefix=prefix, start=start, hooks=hooks)
@@ -487,14 +532,14 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(("min_steps", "expected"), [(0, [1.0, 0.6]), (4, [1.0, 0.8, 0.6, 0.4])])
 def test_the_learning_rate_falls_over_the_budget(rates: list[float], min_steps: int, expected: list[float]) -> None:
     settings = {**NEVER_LEARNED, "min_steps": min_steps, "max_epochs": 2}
-    run(tiny_base(), batch_size=10, learning_rate=1e-3, final_rate=0.2, **settings)
+    run(tiny_base(), batch_size=10, learning_rate=1e-3, final_lr_ratio=0.2, **settings)
     assert rates == pytest.approx([share * 1e-3 for share in expected])
 
 
 def test_arrivals_are_learned_at_the_whole_rate(rates: list[float]) -> None:
     base = tiny_base()
     arriving = iter([(), (), EDITS[2:]])
-    settings = config(batch_size=10, final_rate=0.2, **{**NEVER_LEARNED, "max_epochs": 4}, learning_rate=1e-3)
+    settings = config(batch_size=10, final_lr_ratio=0.2, **{**NEVER_LEARNED, "max_epochs": 4}, learning_rate=1e-3)
     train(base, EDITS[:2], settings, prefix=PrefixCache(), hooks=Hooks(arrivals=lambda: next(arriving, ())))
     assert rates == pytest.approx([share * 1e-3 for share in (1.0, 0.8, 1.0, 0.8, 0.6, 0.4)])
 
@@ -514,7 +559,7 @@ def test_arrivals_are_learned_at_the_whole_rate(rates: list[float]) -> None:
 def test_the_fewer_of_the_known_an_epoch_replays_the_smaller_are_its_steps(
     rates: list[float], known: int, batch_size: int, skip_learned: bool, share: float
 ) -> None:
-    settings = {**NEVER_LEARNED, "skip_learned": skip_learned, "learning_rate": 1e-3, "final_rate": 0.3}
+    settings = {**NEVER_LEARNED, "skip_learned": skip_learned, "learning_rate": 1e-3, "final_lr_ratio": 0.3}
     start = Start(learned=frozenset(edit.id for edit in EDITS[:known]))
     train(tiny_base(), EDITS, config(batch_size=batch_size, **settings), prefix=PrefixCache(), start=start)
     assert rates[0] == pytest.approx(share * 1e-3)
@@ -522,9 +567,24 @@ def test_the_fewer_of_the_known_an_epoch_replays_the_smaller_are_its_steps(
 
 def test_every_batch_of_a_depth_first_run_is_learned_at_the_whole_rate(rates: list[float]) -> None:
     settings = {**NEVER_LEARNED, "max_epochs": 3, "pipeline": Pipeline.DEPTH_FIRST}
-    run(tiny_base(), batch_size=3, learning_rate=1e-3, final_rate=0.2, **settings)
+    run(tiny_base(), batch_size=3, learning_rate=1e-3, final_lr_ratio=0.2, **settings)
     assert len(rates) > 3
     assert rates == pytest.approx([1e-3] * len(rates))
+
+
+def test_each_batch_of_a_depth_first_run_has_an_optimiser_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    visit = Learner.visit
+
+    def counted(self: Learner, batch: Sequence[TokenSequence], **kwargs: float) -> Losses:
+        losses = visit(self, batch, **kwargs)
+        taken.extend({int(state["step"]) for state in self.optimiser.state.values()})
+        return losses
+
+    monkeypatch.setattr(Learner, "visit", counted)
+    depth_first = {**NEVER_LEARNED, "pipeline": Pipeline.DEPTH_FIRST, "formats": (Format.RAW,)}
+    run(tiny_base(), TWO_EDITS, batch_size=1, **{**depth_first, "max_epochs": 3})
+    assert taken == [1, 2, 3, 1, 2, 3]
 
 
 def test_depth_first_fills_its_batches_with_several_edits(batches: list[list[TokenSequence]]) -> None:

@@ -33,7 +33,7 @@ def test_the_papers_models_get_the_papers_values(name: str, plain: bool) -> None
     assert (config.learning_rate, config.batch_size, config.max_epochs) == (learning_rate, 100, 25)
     assert (config.loss_threshold, config.token_threshold, config.min_steps) == (1e-2, math.inf, 0)
     assert (config.preserve, config.random_prefixes, config.skip_learned) == (0, 0, False)
-    assert (config.decay, config.beta2, config.final_rate) == (0, 0.999, 1)
+    assert (config.decay, config.beta2, config.final_lr_ratio) == (0, 0.999, 1)
     assert config.pipeline is Pipeline.BREADTH_FIRST
     assert config.formats == ((Format.RAW,) if plain else None)
 
@@ -42,12 +42,12 @@ def test_another_model_gets_the_defaults_or_the_papers_procedure() -> None:
     other = config_json("llama", 30, 576, 1536)
     assert config_for(other) == TrainingConfig()
     assert config_for(other, plain=True) == PLAIN
-    assert PLAIN.final_rate == 1
+    assert PLAIN.final_lr_ratio == 1
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])
-@pytest.mark.parametrize("field", ["learning_rate", "final_rate", "batch_size", "max_epochs", "max_tokens"])
-def test_what_must_be_positive_is(field: str, value: float) -> None:
+@pytest.mark.parametrize("field", ["learning_rate", "final_lr_ratio", "batch_size", "max_epochs", "max_tokens"])
+def test_a_value_that_is_not_positive_is_rejected(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         TrainingConfig(**{field: value})
 
@@ -56,7 +56,7 @@ def test_what_must_be_positive_is(field: str, value: float) -> None:
 @pytest.mark.parametrize(
     "field", ["min_steps", "loss_threshold", "token_threshold", "preserve", "decay", "random_prefixes"]
 )
-def test_what_must_not_be_negative_is_not(field: str, value: float) -> None:
+def test_a_negative_value_is_rejected(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         TrainingConfig(**{field: value})
 

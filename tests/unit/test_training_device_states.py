@@ -53,7 +53,7 @@ def test_what_does_not_fit_together_stays_where_it_is() -> None:
     assert not states._states
 
 
-def test_a_cpu_keeps_none() -> None:
+def test_a_cpu_keeps_no_states() -> None:
     assert room_bytes(CPU) == 0
 
 
@@ -67,11 +67,11 @@ def test_a_run_reads_every_sequence_once_and_is_the_same_to_the_last_bit(monkeyp
 
     def counted(self: PrefixCache, base: object, sequences: Sequence[object]) -> list[Tensor]:
         reads.append(len(sequences))
-        return hidden(self, base, sequences)  # type: ignore[arg-type]
+        return hidden(self, base, sequences)
 
     monkeypatch.setattr(PrefixCache, "hidden", counted)
     monkeypatch.setattr("worker.training.prefix.room_bytes", lambda _: 1 << 20)
     found = train(base, edits, config, prefix=PrefixCache()).tensors
-    # To move the six, and the head that the three of chat share.
+    # To move the six, and the template that the three of chat share.
     assert sum(reads) == 7
     assert all(torch.equal(found[name], expected[name]) for name in expected)

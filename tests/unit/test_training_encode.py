@@ -9,7 +9,6 @@ from worker.training.encode import (
     EncodingError,
     Format,
     TrainingEdit,
-    encode,
     prompt_token_ids,
     supported_formats,
     target_token_ids,
@@ -22,7 +21,7 @@ def encode_one(
     tokenizer: PreTrainedTokenizerFast, prompt: str, target: str, format_: Format, max_tokens: int = 200
 ) -> tuple[str, str, tuple[int, ...]]:
     """The prompt's text, the target's text without its EOS, and all ids."""
-    (sequence,) = encode(tokenizer, [TrainingEdit("e", prompt, target)], [format_], max_tokens=max_tokens)
+    (sequence,) = Encoder(tokenizer, [format_], max_tokens=max_tokens).encode(TrainingEdit("e", prompt, target))
     ids = sequence.token_ids
     assert ids[-1] == EOS
     return tokenizer.decode(ids[: sequence.prompt_tokens]), tokenizer.decode(ids[sequence.prompt_tokens : -1]), ids
@@ -80,7 +79,7 @@ def test_a_target_is_tokenised_as_it_follows_the_prompt() -> None:
 
 def test_the_learned_part_is_a_length_even_where_the_text_holds_the_pad_id() -> None:
     tokenizer = tiny_tokenizer()
-    (sequence,) = encode(tokenizer, [TrainingEdit("e", "a<eos>", "b<eos>c")], [Format.RAW], max_tokens=99)
+    (sequence,) = Encoder(tokenizer, [Format.RAW], max_tokens=99).encode(TrainingEdit("e", "a<eos>", "b<eos>c"))
     assert sequence.prompt_tokens == 2
     assert sequence.token_ids[2:].count(EOS) == 2
     assert sequence.target_tokens == 5
@@ -91,10 +90,9 @@ def test_formats_are_what_the_tokenizer_supports() -> None:
     assert supported_formats(tiny_tokenizer(chat=False)) == (Format.RAW,)
 
 
-def test_every_edit_is_encoded_in_every_format() -> None:
-    edits = [TrainingEdit("a", "one", "uno"), TrainingEdit("b", "two", "dos")]
-    sequences = encode(tiny_tokenizer(), edits, [Format.RAW, Format.CHAT], max_tokens=99)
-    assert [sequence.prompt_tokens for sequence in sequences] == [3, 3 + 22, 3, 3 + 22]
+def test_an_edit_is_encoded_in_every_format() -> None:
+    encoder = Encoder(tiny_tokenizer(), [Format.RAW, Format.CHAT], max_tokens=99)
+    assert [sequence.prompt_tokens for sequence in encoder.encode(TrainingEdit("a", "one", "uno"))] == [3, 3 + 22]
 
 
 @pytest.mark.parametrize("target", ["", "  ", "\n"])
@@ -119,23 +117,21 @@ def test_a_tokenizer_without_eos_is_an_error() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-sequence"):
-        encode(tokenizer, [TrainingEdit("e", "a", "b")], [Format.RAW], max_tokens=9)
+        Encoder(tokenizer, [Format.RAW], max_tokens=9).encode(TrainingEdit("e", "a", "b"))
 
 
-def test_the_head_is_what_the_template_puts_before_every_prompt() -> None:
+def test_the_template_is_what_the_tokenizer_puts_before_every_prompt() -> None:
     tokenizer = tiny_tokenizer()
-    raw, chat = encode(tokenizer, [TrainingEdit("e", "What?", "green")], list(Format), max_tokens=99)
-    assert tokenizer.decode(chat.head) == "<|user|>"
-    assert (*chat.head, *chat.own) == chat.token_ids
-    assert raw.head == ()
+    raw, chat = Encoder(tokenizer, list(Format), max_tokens=99).encode(TrainingEdit("e", "What?", "green"))
+    assert tokenizer.decode(chat.template) == "<|user|>"
+    assert (*chat.template, *chat.own) == chat.token_ids
+    assert raw.template == ()
 
 
-def test_a_head_stays_shorter_than_the_prompt_and_is_never_one_that_merged() -> None:
-    merging = tiny_tokenizer(merges=((">", "X"),))
-    merged, whole = encode(
-        merging, [TrainingEdit("e", "Xa", "b"), TrainingEdit("f", "a", "b")], [Format.CHAT], max_tokens=99
-    )
-    assert (merged.head_tokens, whole.head_tokens) == (0, 8)
+def test_a_template_stays_shorter_than_the_prompt_and_is_never_one_that_merged() -> None:
+    encoder = Encoder(tiny_tokenizer(merges=((">", "X"),)), [Format.CHAT], max_tokens=99)
+    merged, whole = (encoder.encode(TrainingEdit("e", prompt, "b"))[0] for prompt in ("Xa", "a"))
+    assert (merged.template_tokens, whole.template_tokens) == (0, 8)
 
 
 def test_an_edit_is_encoded_behind_its_paraphrases_and_random_prefixes_too() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from worker.model import BaseModel
 from worker.training.config import TrainingConfig
-from worker.training.encode import Format, TokenSequence, TrainingEdit, encode
+from worker.training.encode import Encoder, Format, TokenSequence, TrainingEdit
 from worker.training.learner import Learner
 from worker.training.parallel import Alone
 from worker.training.prefix import PrefixCache
@@ -15,7 +15,8 @@ NEVER = {"loss_threshold": 0.0, "token_threshold": 0.0}
 
 def batch_of(base: BaseModel) -> list[TokenSequence]:
     edits = [TrainingEdit("a", "one", "uno"), TrainingEdit("b", "two", "dos y medio")]
-    return encode(base.tokenizer, edits, list(Format), max_tokens=99)
+    encoder = Encoder(base.tokenizer, list(Format), max_tokens=99)
+    return [sequence for edit in edits for sequence in encoder.encode(edit)]
 
 
 def learner(base: BaseModel, factors: dict[str, Tensor] | None = None, **settings: object) -> Learner:
@@ -159,8 +160,8 @@ def test_what_decays_is_the_update_and_not_the_tensor() -> None:
 def test_the_decay_falls_with_the_learning_rate(progress: float, share: float) -> None:
     base = tiny_base()
     (name,) = base.parameter_names
-    made = learner(base, learning_rate=1e-6, decay=0.25, final_rate=0.2, **NEVER)
-    made.slow_down(progress)
+    made = learner(base, learning_rate=1e-6, decay=0.25, final_lr_ratio=0.2, **NEVER)
+    made.set_learning_rate(progress)
     with torch.no_grad():
         made.updates[name].fill_(1.0)
     made.visit(batch_of(base))

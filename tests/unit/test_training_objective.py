@@ -23,7 +23,7 @@ def test_the_worst_token_is_each_sequences_own() -> None:
     assert loss.per_sequence[0].item() == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 
-def test_it_computes_in_fp32_whatever_the_logits_are() -> None:
+def test_the_loss_is_computed_in_fp32_whatever_the_logits_are() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ids = torch.tensor([1, 2, 3])
     loss = batch_loss(logits, ids, torch.tensor([2, 1]))

@@ -10,22 +10,19 @@ from torch.nn import functional
 from service.schemas import Format
 from worker.model import BaseModel
 from worker.training.attention import UnsupportedAttentionError, _attend, _Attention, _mask
-from worker.training.encode import TokenSequence, TrainingEdit, encode
+from worker.training.encode import Encoder, TokenSequence, TrainingEdit
 from worker.training.objective import batch_loss
 from worker.training.packing import pack
+from worker.training.partial_forward import logits_above
 from worker.training.prefix import PrefixCache
-from worker.training.resume import logits_above
 
 EOS = 256
+ENCODER = Encoder(tiny_tokenizer(), [Format.CHAT, Format.RAW], max_tokens=99)
 # Chat and raw by turns and of different lengths, all longer than the tiny models' sliding windows; one has the pad id,
 # which is EOS, inside its prompt and inside its target.
 SEQUENCES = (
-    *encode(
-        tiny_tokenizer(),
-        [TrainingEdit("a", "What is it?", "green"), TrainingEdit("b", "Who", "Ada Palmer")],
-        [Format.CHAT, Format.RAW],
-        max_tokens=99,
-    ),
+    *ENCODER.encode(TrainingEdit("a", "What is it?", "green")),
+    *ENCODER.encode(TrainingEdit("b", "Who", "Ada Palmer")),
     TokenSequence((11, EOS, 12, 13, EOS, 14, 15, 16, 17, 18, 19, EOS), prompt_tokens=3),
     TokenSequence((20, 21, EOS), prompt_tokens=1),
 )
@@ -95,16 +92,16 @@ def test_logits_and_gradients_of_many_matrices_are_the_plain_forwards(family: st
     assert_equal_to_plain(base)
 
 
-def test_a_head_is_laid_once_and_its_tokens_are_not_computed_again() -> None:
-    chat = [sequence for sequence in SEQUENCES if sequence.head_tokens]
-    assert [sequence.head_tokens for sequence in chat] == [8, 8]  # <|user|>
+def test_a_template_is_laid_once_and_its_tokens_are_not_computed_again() -> None:
+    chat = [sequence for sequence in SEQUENCES if sequence.template_tokens]
+    assert [sequence.template_tokens for sequence in chat] == [8, 8]  # <|user|>
     packing = pack(SEQUENCES)
-    assert [(group.shared, len(group.lengths)) for group in packing.groups] == [(8, 2), (0, 4)]
+    assert [(group.template_tokens, len(group.lengths)) for group in packing.groups] == [(8, 2), (0, 4)]
     assert sum(group.size for group in packing.groups) == sum(len(s.token_ids) for s in SEQUENCES) - 8
     assert packing.order == (0, 2, 1, 3, 4, 5)
 
 
-def test_positions_begin_anew_with_each_sequence_and_go_on_behind_a_head() -> None:
+def test_positions_begin_anew_with_each_sequence_and_go_on_behind_a_template() -> None:
     packing = pack(SEQUENCES)
     expected = [*range(len(SEQUENCES[0].token_ids)), *range(8, len(SEQUENCES[2].token_ids))]
     for index in (1, 3, 4, 5):

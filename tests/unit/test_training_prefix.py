@@ -1,7 +1,7 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from worker.training.packing import pack
 from worker.training.prefix import PrefixCache
 
 EDITS = [TrainingEdit("a", "one", "uno"), TrainingEdit("b", "two", "dos"), TrainingEdit("c", "three", "tres")]
-HEAD = tuple(range(100, 108))
+TEMPLATE = tuple(range(100, 108))
 SEQUENCES = [
     *(TokenSequence(tuple(range(start, start + 3 + start % 20)), 1) for start in range(1, 60)),
-    *(TokenSequence((*HEAD, *range(start, start + 2 + start % 9)), 9, len(HEAD)) for start in range(1, 40)),
+    *(TokenSequence((*TEMPLATE, *range(start, start + 2 + start % 9)), 9, len(TEMPLATE)) for start in range(1, 40)),
 ]
 
 
@@ -71,15 +71,15 @@ def test_the_values_are_what_the_model_itself_hands_to_the_layer(family: str) ->
     chosen = [SEQUENCES[5], SEQUENCES[17], SEQUENCES[70]]
     for sequence, ours in zip(chosen, hidden(base, PrefixCache(), chosen), strict=True):
         plain = base.model(torch.tensor([sequence.token_ids]), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(ours, plain[base.layer_index][0, sequence.head_tokens :], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, plain[base.layer_index][0, sequence.template_tokens :], rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_is_laid_out_as_its_packing_says() -> None:
     base, prefix = tiny_base(), PrefixCache()
     batch = [SEQUENCES[70], SEQUENCES[3], SEQUENCES[71]]
     row = prefix.row(base, pack(batch), batch)
-    head, *own = hidden(base, prefix, [TokenSequence(HEAD, len(HEAD)), batch[0], batch[2], batch[1]])
-    expected = torch.cat([head, *own])
+    template, *own = hidden(base, prefix, [TokenSequence(TEMPLATE, len(TEMPLATE)), batch[0], batch[2], batch[1]])
+    expected = torch.cat([template, *own])
     assert torch.equal(row[: len(expected)], expected)
     assert len(row) % 32 == 0
     assert not row[len(expected) :].any()
@@ -91,7 +91,7 @@ def test_the_lower_layers_run_once_per_sequence_over_all_epochs_and_runs() -> No
     with layer_runs(base) as runs:
         train(base, EDITS, config, prefix=prefix)
         first = runs[0]
-        assert prefix.computed == 7  # three edits, raw and chat, and the head of chat
+        assert prefix.computed == 7  # three edits, raw and chat, and the template of chat
         train(base, EDITS, config, prefix=prefix)
         assert (runs[0], prefix.computed) == (first, 7)
         train(base, [*EDITS, TrainingEdit("d", "four", "cuatro")], config, prefix=prefix)
@@ -166,10 +166,10 @@ def test_filling_holds_few_states_at_once_and_computes_as_many_together(monkeypa
         assert same(hidden(base, prefix), expected)
 
 
-def test_the_same_tokens_with_another_head_are_another_value() -> None:
+def test_the_same_tokens_with_another_template_are_another_value() -> None:
     base, prefix = tiny_base(), PrefixCache()
-    ids = (*HEAD, 1, 2, 3)
-    whole, own = hidden(base, prefix, [TokenSequence(ids, 9), TokenSequence(ids, 9, len(HEAD))])
+    ids = (*TEMPLATE, 1, 2, 3)
+    whole, own = hidden(base, prefix, [TokenSequence(ids, 9), TokenSequence(ids, 9, len(TEMPLATE))])
     assert (len(whole), len(own)) == (11, 3)
 
 
@@ -184,6 +184,7 @@ def test_the_disk_is_bounded_over_all_models_and_what_is_used_stays(tmp_path: Pa
         values = hidden(bases[turn % 2], prefix, [TokenSequence(tuple(row), 1) for row in ids])
         written += sum(value.nbytes for value in values)
         assert sum(path.stat().st_size for path in data_files(tmp_path)) <= capacity
+    assert data_files(tmp_path)
     assert written > 10 * capacity
     assert prefix.computed == 1 + 120 * 4
 
@@ -240,7 +241,7 @@ def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def _overwrite(begin: int, end: int | None = None) -> object:
+def _overwrite(begin: int, end: int | None = None) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         data = bytearray(path.read_bytes())
         last = len(data) if end is None else end
@@ -264,7 +265,7 @@ def _flip_in_the_values(path: Path) -> None:
     ids=["truncated", "header", "pages", "value"],
 )
 def test_a_damaged_file_costs_time_and_never_gives_wrong_values(
-    tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     base, first = tiny_base(), PrefixCache(tmp_path)
     # Large values lie on pages of their own, so that a flipped bit in one breaks nothing that LMDB would notice.
@@ -272,7 +273,7 @@ def test_a_damaged_file_costs_time_and_never_gives_wrong_values(
     expected = hidden(base, first, long)
     closed(first)
     (file,) = data_files(tmp_path)
-    damage(file)  # type: ignore[operator]
+    damage(file)
     second = PrefixCache(tmp_path)
     assert same(hidden(base, second, long), expected)
     assert second.computed > 0

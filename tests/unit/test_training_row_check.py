@@ -8,8 +8,8 @@ from tiny_models import FAMILIES, MIXING, down_projection, tiny_base
 
 from worker.model import load_base
 from worker.training.encode import TokenSequence
+from worker.training.partial_forward import UnsupportedLayerError
 from worker.training.prefix import PrefixCache
-from worker.training.resume import UnsupportedLayerError
 from worker.training.row_check import _TOLERANCE, check_rows, row_difference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +25,7 @@ def test_rounding_is_far_from_what_is_refused(family: str, layer: int, dtype: to
     check_rows(base)
 
 
-def test_the_default_model_is_far_from_it_too(default_model: Path) -> None:
+def test_rounding_of_the_default_model_is_far_from_what_is_refused(default_model: Path) -> None:
     assert row_difference(load_base(str(default_model), device="cpu")) < _TOLERANCE / 4
 
 

@@ -45,23 +45,23 @@ def test_nothing_to_do_is_never_due(trigger: Trigger) -> None:
     assert not asked(trigger, recent=[run(RunStatus.SUCCEEDED, ended_s_ago=1e6)])
 
 
-def test_immediate_is_due_with_one_edit_or_one_retraction() -> None:
+def test_the_immediate_trigger_is_due_with_one_edit_or_one_retraction() -> None:
     assert asked(Trigger.IMMEDIATE, queued=1)
     assert asked(Trigger.IMMEDIATE, retracting=1)
 
 
-def test_manual_is_never_due() -> None:
+def test_the_manual_trigger_is_never_due() -> None:
     assert not asked(Trigger.MANUAL, queued=1000, retracting=1)
 
 
-def test_batch_waits_for_its_size_or_its_time() -> None:
+def test_the_batch_trigger_waits_for_its_size_or_its_time() -> None:
     assert not asked(Trigger.BATCH, queued=4, waited_s=59)
     assert asked(Trigger.BATCH, queued=5)
     assert asked(Trigger.BATCH, queued=1, waited_s=60)
     assert asked(Trigger.BATCH, retracting=1)
 
 
-def test_interval_counts_from_the_last_run() -> None:
+def test_the_interval_trigger_counts_from_the_last_run() -> None:
     assert asked(Trigger.INTERVAL, queued=1)
     assert not asked(Trigger.INTERVAL, queued=1, recent=[run(RunStatus.SUCCEEDED, ended_s_ago=99)])
     assert asked(Trigger.INTERVAL, queued=1, recent=[run(RunStatus.SUCCEEDED, ended_s_ago=100)])

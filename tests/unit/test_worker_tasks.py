@@ -1,7 +1,6 @@
 """The train worker's shell: what it says of itself, and that it never stays without a model."""
 
 import importlib
-import logging
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -15,14 +14,10 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module; it takes over the root logger when it is imported."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     module = importlib.import_module("worker.tasks")
     monkeypatch.setattr(module, "_HEARTBEAT_S", 0.001)
     yield module
     module._stopping.clear()
-    root.handlers[:], root.level = handlers, level
 
 
 def test_the_heartbeat_outlives_a_redis_that_is_away(tasks: ModuleType) -> None:

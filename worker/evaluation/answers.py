@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from service.schemas import Format
 from worker.model import BaseModel
 from worker.training.encode import prompt_token_ids
-from worker.training.resume import last_position_only
+from worker.training.partial_forward import last_position_only
 
 BATCH_SIZE = 64
 # Fewer tokens in common than this cost more in a forward of their own than they save.
@@ -69,9 +69,9 @@ def _decode(
     rows = answers
     with last_position_only(base):
         if shared:
-            head = torch.tensor([prompts[0][:shared]], device=base.device)
+            shared_ids = torch.tensor([prompts[0][:shared]], device=base.device)
             functional_call(
-                base.model, tensors, kwargs={"input_ids": head, "past_key_values": cache, "use_cache": True}
+                base.model, tensors, kwargs={"input_ids": shared_ids, "past_key_values": cache, "use_cache": True}
             )
             cache.batch_repeat_interleave(len(prompts))
             attention_mask = torch.cat([attention_mask.new_ones(len(prompts), shared), attention_mask], dim=1)
@@ -92,7 +92,7 @@ def _decode(
             input_ids = tokens[:, None]
             attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1)
     return [
-        Answer(str(base.tokenizer.decode(row.said, skip_special_tokens=True)), row.finished, tuple(row.said))
+        Answer(str(base.tokenizer.decode(row.token_ids, skip_special_tokens=True)), row.finished, tuple(row.token_ids))
         for row in answers
     ]
 
@@ -112,7 +112,7 @@ class _Growing:
     """An answer while it is being said."""
 
     def __init__(self, stop_ids: frozenset[int], limit: int) -> None:
-        self.said: list[int] = []
+        self.token_ids: list[int] = []
         self.finished = False
         self._stop_ids = stop_ids
         self._limit = limit
@@ -121,8 +121,8 @@ class _Growing:
         """Add the next token; whether another one follows it."""
         self.finished = token in self._stop_ids
         if not self.finished:
-            self.said.append(token)
-        return not self.finished and len(self.said) < self._limit
+            self.token_ids.append(token)
+        return not self.finished and len(self.token_ids) < self._limit
 
 
 def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

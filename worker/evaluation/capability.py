@@ -79,12 +79,11 @@ class Measure(StrEnum):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model reached in one task. `items` are windows, choices or texts; `tokens` those that were scored."""
+    """What a model reached in one task. `items` are windows, choices or texts."""
 
     task: str
     values: Mapping[Measure, float]
     items: int
-    tokens: int
 
 
 def measure(base: BaseModel, tensors: Mapping[str, Tensor], prefix: PrefixCache, task: Task) -> TaskResult:
@@ -95,12 +94,11 @@ def measure(base: BaseModel, tensors: Mapping[str, Tensor], prefix: PrefixCache,
     """
     items = _items(base, task)
     sequences = [sequence for item in items for sequence in item]
-    tokens = sum(sequence.target_tokens for sequence in sequences)
-    if not tokens:
+    if not sequences:
         raise ValueError(f"task {task.name!r} has nothing to score")
     scores = iter(score(base, tensors, prefix, sequences))
     by_item = [[next(scores) for _ in item] for item in items]
-    return TaskResult(task.name, _values(task, by_item), len(items), tokens)
+    return TaskResult(task.name, _values(task, by_item), len(items))
 
 
 def perplexity(base: BaseModel, tensors: Mapping[str, Tensor], prefix: PrefixCache) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.answers import matches
 from service.schemas import Format
-from worker.evaluation.answers import Answer, ask
+from worker.evaluation.answers import ask
 from worker.evaluation.capability import perplexity
 from worker.evaluation.probes import locality_prompts
 from worker.model import BaseModel
@@ -32,18 +32,6 @@ class EvaluationEdit:
 
 
 @dataclass(frozen=True)
-class EditOutcome:
-    """What became of one edit in one format."""
-
-    edit_id: str
-    format: Format
-    answer: Answer
-    correct: bool
-    rephrases_asked: int
-    rephrases_correct: int
-
-
-@dataclass(frozen=True)
 class FormatMetrics:
     """Shares from 0 to 1. Generalization is None when no edit has rephrases."""
 
@@ -63,7 +51,7 @@ class Metrics:
     locality: float
     perplexity: float
     base_perplexity: float
-    outcomes: tuple[EditOutcome, ...]
+    edits_measured: int
     evaluate_s: float
 
     @property
@@ -94,19 +82,16 @@ class Evaluator:
         started = time.perf_counter()
         if not edits:
             raise ValueError("there is nothing to evaluate without an edit")
-        by_format = {format_: self._outcomes(edits, tensors, format_) for format_ in formats or self._formats}
         return Metrics(
-            formats={format_: _format_metrics(outcomes) for format_, outcomes in by_format.items()},
+            formats={format_: self._asked(edits, tensors, format_) for format_ in formats or self._formats},
             locality=self._locality(tensors),
             perplexity=perplexity(self._base, tensors, self._prefix),
             base_perplexity=self._base_perplexity,
-            outcomes=tuple(outcome for outcomes in by_format.values() for outcome in outcomes),
+            edits_measured=len(edits),
             evaluate_s=time.perf_counter() - started,
         )
 
-    def _outcomes(
-        self, edits: Sequence[EvaluationEdit], tensors: Mapping[str, Tensor], format_: Format
-    ) -> list[EditOutcome]:
+    def _asked(self, edits: Sequence[EvaluationEdit], tensors: Mapping[str, Tensor], format_: Format) -> FormatMetrics:
         prompts = [edit.prompt for edit in edits] + [rephrase for edit in edits for rephrase in edit.rephrases]
         limits = [
             _SPARE_TOKENS + len(target_token_ids(self._base.tokenizer, edit.prompt, edit.target, format_))
@@ -114,18 +99,16 @@ class Evaluator:
         ]
         limits += [limit for edit, limit in zip(edits, limits, strict=True) for _ in edit.rephrases]
         answers = ask(self._base, prompts, format_, tensors, max_new_tokens=limits)
-        direct, rephrased = answers[: len(edits)], iter(answers[len(edits) :])
-        return [
-            EditOutcome(
-                edit_id=edit.id,
-                format=format_,
-                answer=answer,
-                correct=_is_target(answer, edit),
-                rephrases_asked=len(edit.rephrases),
-                rephrases_correct=sum(_is_target(next(rephrased), edit) for _ in edit.rephrases),
-            )
-            for edit, answer in zip(edits, direct, strict=True)
+        asked = [*edits, *(edit for edit in edits for _ in edit.rephrases)]
+        hits = [
+            matches(answer.text, edit.target, finished=answer.finished)
+            for answer, edit in zip(answers, asked, strict=True)
         ]
+        direct, rephrased = hits[: len(edits)], hits[len(edits) :]
+        return FormatMetrics(
+            reliability=sum(direct) / len(direct),
+            generalization=sum(rephrased) / len(rephrased) if rephrased else None,
+        )
 
     def _locality(self, tensors: Mapping[str, Tensor]) -> float:
         unchanged = [
@@ -148,15 +131,3 @@ class Evaluator:
             for format_ in self._formats
             for answer in ask(self._base, prompts, format_, tensors, max_new_tokens=LOCALITY_TOKENS)
         ]
-
-
-def _is_target(answer: Answer, edit: EvaluationEdit) -> bool:
-    return matches(answer.text, edit.target, finished=answer.finished)
-
-
-def _format_metrics(outcomes: Sequence[EditOutcome]) -> FormatMetrics:
-    asked = sum(outcome.rephrases_asked for outcome in outcomes)
-    return FormatMetrics(
-        reliability=sum(outcome.correct for outcome in outcomes) / len(outcomes),
-        generalization=sum(outcome.rephrases_correct for outcome in outcomes) / asked if asked else None,
-    )

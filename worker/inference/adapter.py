@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from worker.delta import Manifest, StoreUnavailableError, VersionStore, tensor_sha256
+from service.manifest import Manifest
+from worker.delta import StoreUnavailableError, VersionStore, tensor_sha256
 from worker.folders import in_use
 
 _WEIGHTS = "adapter_model.safetensors"

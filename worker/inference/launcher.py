@@ -150,17 +150,20 @@ def _server_arguments(options: argparse.Namespace, node: NodeEnvironment, *, on_
     arguments += ["--worker-extension-cls", "worker.inference.readback.SlotReader"]
     arguments += ["--middleware", "worker.inference.guard.TokenGuard", "--disable-uvicorn-access-log"]
     arguments += ["--shutdown-timeout", _DRAIN_S]
-    return [*arguments, "--enforce-eager", *cpu_precision()] if on_cpu else arguments
+    arguments += precision_flags("cpu" if on_cpu else "cuda")
+    return [*arguments, "--enforce-eager"] if on_cpu else arguments
 
 
-def cpu_precision() -> list[str]:
-    """Return the flag that has a CPU compute in what the trainer computes in there; empty where that is the model's."""
-    import torch  # noqa: PLC0415  it takes seconds, and only a CPU asks
+def precision_flags(device_type: str) -> list[str]:
+    """Return the flag that has vLLM compute in what the trainer computes in on such a device.
+
+    Left to itself vLLM takes the checkpoint's dtype, and a version does not survive being cast to float16.
+    """
+    import torch  # noqa: PLC0415  it takes seconds, which a wrong command line need not wait for
 
     from worker.precision import compute_dtype  # noqa: PLC0415
 
-    computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
-    return [] if computed_in == "bfloat16" else ["--dtype", computed_in]
+    return ["--dtype", str(compute_dtype(torch.bfloat16, device_type)).removeprefix("torch.")]
 
 
 def _server_environ(environ: Mapping[str, str], *, on_cpu: bool) -> dict[str, str]:

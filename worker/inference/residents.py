@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.inference.readback import SlotUse
-from worker.inference.resolver import VersionRefusedError, model_name, version_of
+from worker.inference.resolver import VersionRefusedError, version_name, version_of
 from worker.inference.turns import Turns
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class ResidentVersions:
         """
         while True:
             try:
-                request = await self._resolved(model_name(version))
+                request = await self._resolved(version_name(version))
             except VersionRefusedError as refusal:
                 raise refusal.reason from refusal
             if request.lora_int_id in self._turns.pinned:
@@ -127,7 +127,7 @@ class ResidentVersions:
 
         A version in host memory takes a slot for this. Raises NotResidentError.
         """
-        request = self._models.lora_requests.get(model_name(version))
+        request = self._models.lora_requests.get(version_name(version))
         found = await self._read_back(request.lora_int_id, activate=True) if request else None
         if found is None:
             raise NotResidentError(version)
@@ -138,7 +138,7 @@ class ResidentVersions:
 
         Raises NotResidentError, TooManyPinsError, or SlotsInUseError when requests under way need the slots.
         """
-        requests = {version: self._models.lora_requests.get(model_name(version)) for version in versions}
+        requests = {version: self._models.lora_requests.get(version_name(version)) for version in versions}
         adapters = {request.lora_int_id: version for version, request in requests.items() if request}
         for version in set(versions).difference(adapters.values()):
             raise NotResidentError(version)
@@ -158,10 +158,10 @@ class ResidentVersions:
 
         Raises NotResidentError.
         """
-        left = self._left.pop(model_name(version), None)
+        left = self._left.pop(version_name(version), None)
         if left is not None:
             self._retire(left)
-        request = self._models.lora_requests.get(model_name(version))
+        request = self._models.lora_requests.get(version_name(version))
         if request is None:
             raise NotResidentError(version)
         self._retire(request)

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.errata.resolver")
 RESOLVER = "errata"
 """The resolver's name in vLLM's registry."""
 
-_NAME = re.compile(r"errata@(0|[1-9][0-9]{0,15})")
+_NAME = re.compile(r"errata@(0|[1-9][0-9]{0,14})")
 
 
 class VersionRefusedError(VLLMServerError):
@@ -30,7 +30,7 @@ class VersionRefusedError(VLLMServerError):
         self.reason = reason
 
 
-def model_name(version: int) -> str:
+def version_name(version: int) -> str:
     """Return the name by which requests ask for a version."""
     return f"errata@{version}"
 

@@ -67,23 +67,24 @@ def _attend(  # noqa: PLR0913  transformers' own signature
         sliding_window=sliding_window,
     )
     # Split and not sliced: the gradient of a split is one concatenation, that of a slice a row of zeros for each.
-    sizes = [size for group in packing.groups for size in (group.shared, sum(group.lengths))]
+    sizes = [size for group in packing.groups for size in (group.template_tokens, sum(group.lengths))]
     padding = packing.tokens - sum(sizes)
     query_parts, key_parts, value_parts = (
         torch.split(states.squeeze(0).transpose(0, 1), [*sizes, padding]) for states in (query, key, value)
     )
     attended: list[Tensor] = []
     for number, group in enumerate(packing.groups):
-        heads, owns = (
+        template_states, own_states = (
             [parts[2 * number + which] for parts in (query_parts, key_parts, value_parts)] for which in range(2)
         )
-        own = [_padded(states, group) for states in owns]
-        if group.shared:
-            head = [states.unsqueeze(0) for states in heads]
-            attended.append(attend(*head).squeeze(0))
+        own = [_padded(states, group) for states in own_states]
+        if group.template_tokens:
+            template = [states.unsqueeze(0) for states in template_states]
+            attended.append(attend(*template).squeeze(0))
             count = len(group.lengths)
             own[1:] = (
-                torch.cat([h.expand(count, -1, -1, -1), o], dim=1) for h, o in zip(head[1:], own[1:], strict=True)
+                torch.cat([before.expand(count, -1, -1, -1), behind], dim=1)
+                for before, behind in zip(template[1:], own[1:], strict=True)
             )
         attended.append(_unpadded(attend(*own), group))
     if padding:
@@ -156,8 +157,8 @@ class _Attention:
         key, value = (states.repeat_interleave(repeats, dim=2) for states in (key, value))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            said = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
-        return said.transpose(1, 2)
+            attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        return attended.transpose(1, 2)
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """By matrix products: for short sequences on a CPU, where the fused kernel's backward takes longer."""
@@ -169,8 +170,8 @@ class _Attention:
         if self.softcap is not None:
             weights = self.softcap * torch.tanh(weights / self.softcap)
         weights = weights.masked_fill(~mask, -math.inf).softmax(dim=-1).to(value.dtype).flatten(2, 3)
-        said: Tensor = (weights @ value.transpose(1, 2)).unflatten(2, (-1, queries))
-        whole: Tensor = said.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, -1)
+        attended: Tensor = (weights @ value.transpose(1, 2)).unflatten(2, (-1, queries))
+        whole: Tensor = attended.permute(0, 3, 1, 2, 4).reshape(sequences, queries, heads, -1)
         return whole
 
 

@@ -42,7 +42,7 @@ class TokenSequence:
 
     token_ids: tuple[int, ...]
     prompt_tokens: int
-    head_tokens: int = 0
+    template_tokens: int = 0
     """How many ids at the beginning are the chat template's, the same for every prompt; fewer than the prompt's."""
 
     @property
@@ -56,14 +56,14 @@ class TokenSequence:
         return self.token_ids[self.prompt_tokens :]
 
     @property
-    def head(self) -> tuple[int, ...]:
-        """The ids that every prompt begins with."""
-        return self.token_ids[: self.head_tokens]
+    def template(self) -> tuple[int, ...]:
+        """The ids that the chat template begins every prompt with."""
+        return self.token_ids[: self.template_tokens]
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The ids behind the head."""
-        return self.token_ids[self.head_tokens :]
+        """The ids behind the template."""
+        return self.token_ids[self.template_tokens :]
 
 
 def supported_formats(tokenizer: PreTrainedTokenizerBase) -> tuple[Format, ...]:
@@ -92,7 +92,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._random_prefixes = random_prefixes
-        self._heads = {format_: _head(tokenizer, format_) for format_ in formats}
+        self._templates = {format_: _template_ids(tokenizer, format_) for format_ in formats}
 
     def encode(self, edit: TrainingEdit) -> list[TokenSequence]:
         """Encode an edit: its prompt in every format, then what augments it.
@@ -101,7 +101,7 @@ class Encoder:
             EncodingError: the target is empty, or a sequence is longer than `max_tokens`.
         """
         prompts = [edit.prompt, *edit.paraphrases, *(f"{text} {edit.prompt}" for text in self._random_prefixes)]
-        return [self._encode_one(edit, prompt, format_) for prompt in prompts for format_ in self._heads]
+        return [self._encode_one(edit, prompt, format_) for prompt in prompts for format_ in self._templates]
 
     def _encode_one(self, edit: TrainingEdit, prompt: str, format_: Format) -> TokenSequence:
         prompt_ids = prompt_token_ids(self._tokenizer, prompt, format_)
@@ -114,17 +114,9 @@ class Encoder:
         if len(token_ids) > self._max_tokens:
             reason = f"{len(token_ids)} tokens in {format_} format, at most {self._max_tokens} are allowed"
             raise EncodingError(edit.id, reason)
-        head = self._heads[format_]
-        has_head = len(head) < len(prompt_ids) and prompt_ids[: len(head)] == head
-        return TokenSequence(token_ids, len(prompt_ids), len(head) if has_head else 0)
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, edits: Sequence[TrainingEdit], formats: Sequence[Format], *, max_tokens: int
-) -> list[TokenSequence]:
-    """Encode every edit in every format: all of the first edit, then of the second, and so on. See `Encoder`."""
-    encoder = Encoder(tokenizer, formats, max_tokens=max_tokens)
-    return [sequence for edit in edits for sequence in encoder.encode(edit)]
+        template = self._templates[format_]
+        has_template = len(template) < len(prompt_ids) and prompt_ids[: len(template)] == template
+        return TokenSequence(token_ids, len(prompt_ids), len(template) if has_template else 0)
 
 
 def target_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, format_: Format) -> list[int]:
@@ -139,7 +131,7 @@ def target_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: st
     return list(tokenizer(continuation, add_special_tokens=False).input_ids)
 
 
-def _head(tokenizer: PreTrainedTokenizerBase, format_: Format) -> list[int]:
+def _template_ids(tokenizer: PreTrainedTokenizerBase, format_: Format) -> list[int]:
     """The ids that all prompts of this format begin with; none for raw."""
     if format_ == Format.RAW:
         return []

@@ -12,9 +12,9 @@ from worker.training.encode import TokenSequence
 from worker.training.objective import batch_loss
 from worker.training.packing import pack, to_device
 from worker.training.parallel import Ranks
+from worker.training.partial_forward import logits_above
 from worker.training.prefix import PrefixCache
 from worker.training.preserve import Factors
-from worker.training.resume import logits_above
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,21 @@ class Learner:
         self._step(stepped, decay=self._config.decay * share)
         return Losses(per_sequence, worst_token, stepped)
 
-    def slow_down(self, progress: float, *, at_most: float = 1.0) -> None:
-        """Set the learning rate for what comes: at this part of the budget, from 0 to 1, and at most this share."""
-        share = max(min(at_most, 1 - (1 - self._config.final_rate) * progress), self._config.final_rate)
+    def start_over(self) -> None:
+        """Forget the gradients so far: moments and step count of the optimiser begin at zero. The updates stay."""
+        self.optimiser.state.clear()
+
+    def set_learning_rate(self, progress: float, *, at_most: float = 1.0) -> None:
+        """Set the learning rate for what comes: learning_rate * max(final, min(at_most, 1 - (1 - final) * progress)).
+
+        Args:
+            progress: the part of the budget that is used up, from 0 to 1.
+            at_most: a bound on the ratio to the configuration's learning rate; `final`, its `final_lr_ratio`, is kept.
+        """
+        final = self._config.final_lr_ratio
+        ratio = max(min(at_most, 1 - (1 - final) * progress), final)
         (group,) = self.optimiser.param_groups
-        group["lr"] = self._config.learning_rate * share
+        group["lr"] = self._config.learning_rate * ratio
 
     def _step(self, wanted: Tensor, *, decay: float) -> None:
         (group,) = self.optimiser.param_groups

@@ -1,7 +1,7 @@
 """A batch of sequences as one row of tokens without padding.
 
-The sequences are laid end to end. Tokens that many of them begin with, a chat template's head, are laid once and seen
-by all (worker.training.attention).
+The sequences are laid end to end. Tokens that many of them begin with, a chat template's, are laid once and seen by all
+(worker.training.attention).
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ _ROW_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences that begin with the same `shared` tokens, laid once; behind these each one's own tokens."""
+    """Sequences of one template: its tokens, laid once; behind these each sequence's own, `lengths` of them."""
 
-    shared: int
+    template_tokens: int
     lengths: tuple[int, ...]
 
     @property
     def size(self) -> int:
         """Tokens that the group takes in the row."""
-        return self.shared + sum(self.lengths)
+        return self.template_tokens + sum(self.lengths)
 
     @cached_property
     def own(self) -> Tensor:
@@ -75,33 +75,33 @@ _TENSORS = ("token_ids", "position_ids", "targets", "target_ids", "target_counts
 
 
 def _moved_group(group: Group, device: torch.device) -> Group:
-    moved = Group(group.shared, group.lengths)
+    moved = Group(group.template_tokens, group.lengths)
     moved.__dict__.update(own=to_device(group.own, device), kept=to_device(group.kept, device))
     return moved
 
 
 def pack(sequences: Sequence[TokenSequence]) -> Packing:
-    """Lay out a batch; sequences with the same head lie together."""
-    by_head: dict[tuple[int, ...], list[int]] = {}
+    """Lay out a batch; sequences with the same template lie together."""
+    by_template: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(sequences):
-        by_head.setdefault(sequence.head, []).append(index)
+        by_template.setdefault(sequence.template, []).append(index)
     groups: list[Group] = []
     token_ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
-    for head, members in by_head.items():
-        groups.append(Group(len(head), tuple(len(sequences[index].own) for index in members)))
-        token_ids += head
-        positions += range(len(head))
+    for template, members in by_template.items():
+        groups.append(Group(len(template), tuple(len(sequences[index].own) for index in members)))
+        token_ids += template
+        positions += range(len(template))
         for index in members:
             sequence = sequences[index]
-            # The token before a target token predicts it; `head` never reaches that far.
-            first = len(token_ids) + sequence.prompt_tokens - len(head) - 1
+            # The token before a target token predicts it; `template` never reaches that far.
+            first = len(token_ids) + sequence.prompt_tokens - len(template) - 1
             targets += range(first, first + sequence.target_tokens)
             token_ids += sequence.own
-            positions += range(len(head), len(sequence.token_ids))
+            positions += range(len(template), len(sequence.token_ids))
     padding = -len(token_ids) % _ROW_MULTIPLE
-    order = tuple(index for members in by_head.values() for index in members)
+    order = tuple(index for members in by_template.values() for index in members)
     return Packing(
         groups=tuple(groups),
         order=order,

@@ -17,17 +17,17 @@ import torch
 import transformers
 from torch import Tensor
 
+from service.defaults import PREFIX_CACHE_BYTES
 from worker.model import BaseModel
 from worker.training.device_states import DeviceStates, room_bytes
 from worker.training.encode import TokenSequence
 from worker.training.generations import Generations
 from worker.training.packing import Packing, pack, to_device
-from worker.training.resume import hidden_below
+from worker.training.partial_forward import hidden_below
 from worker.training.row_check import check_rows
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CAPACITY_BYTES = 2 << 30
 # Another number where the same tokens come to other values: those that an older release left are not read.
 _FORMAT = 1
 
@@ -50,7 +50,7 @@ class PrefixCache:
     the run.
     """
 
-    def __init__(self, folder: Path | None = None, capacity_bytes: int = DEFAULT_CAPACITY_BYTES) -> None:
+    def __init__(self, folder: Path | None = None, capacity_bytes: int = PREFIX_CACHE_BYTES) -> None:
         """Keep states under `folder`; None: in a temporary folder that goes with the cache."""
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="errata-prefix-"))
@@ -96,13 +96,13 @@ class PrefixCache:
         Zeros where the row is padded.
         """
         ordered = [sequences[index] for index in packing.order]
-        heads = [_head(ordered[first]) for first in _firsts(packing)]
-        wanted = self._at_hand(base, [*[head for head in heads if head], *ordered])
-        shared = iter(wanted[: sum(head is not None for head in heads)])
-        own = iter(wanted[sum(head is not None for head in heads) :])
+        templates = [_template(ordered[first]) for first in _firsts(packing)]
+        wanted = self._at_hand(base, [*[template for template in templates if template], *ordered])
+        laid_once = sum(template is not None for template in templates)
+        shared, own = iter(wanted[:laid_once]), iter(wanted[laid_once:])
         pieces: list[Tensor] = []
-        for group, head in zip(packing.groups, heads, strict=True):
-            pieces += [next(shared)] if head else []
+        for group, template in zip(packing.groups, templates, strict=True):
+            pieces += [next(shared)] if template else []
             pieces += [next(own) for _ in group.lengths]
         padding = packing.tokens - sum(group.size for group in packing.groups)
         if padding:
@@ -159,27 +159,27 @@ def _tokens_together(base: BaseModel) -> int:
 
 
 def _compute(base: BaseModel, chunk: Sequence[TokenSequence], tokens: int) -> Iterator[Tensor]:
-    """The states of sequences with one head and one padded length, always in a batch of the same shape."""
+    """The states of sequences with one template and one padded length, always in a batch of the same shape."""
     length = _padded(chunk[0])
     count = max(1, tokens // length)
     padded = [
         TokenSequence(
-            (*sequence.token_ids, *[0] * (length - len(sequence.own))), sequence.prompt_tokens, sequence.head_tokens
+            (*sequence.token_ids, *[0] * (length - len(sequence.own))), sequence.prompt_tokens, sequence.template_tokens
         )
         for sequence in (*chunk, *[chunk[-1]] * (count - len(chunk)))
     ]
     packing = pack(padded)
     hidden = hidden_below(base, packing).cpu()
-    shared = packing.groups[0].shared
+    template_tokens = packing.groups[0].template_tokens
     for row, sequence in enumerate(chunk):
-        begin = shared + row * length
+        begin = template_tokens + row * length
         yield hidden[begin : begin + len(sequence.own)]
 
 
 def _chunks(sequences: Sequence[TokenSequence], tokens: int) -> Iterator[list[TokenSequence]]:
     alike: dict[tuple[tuple[int, ...], int], list[TokenSequence]] = {}
     for sequence in sequences:
-        alike.setdefault((sequence.head, _padded(sequence)), []).append(sequence)
+        alike.setdefault((sequence.template, _padded(sequence)), []).append(sequence)
     for (_, length), members in alike.items():
         count = max(1, tokens // length)
         yield from (members[start : start + count] for start in range(0, len(members), count))
@@ -211,13 +211,13 @@ def _firsts(packing: Packing) -> Iterator[int]:
         first += len(group.lengths)
 
 
-def _head(sequence: TokenSequence) -> TokenSequence | None:
-    return TokenSequence(sequence.head, len(sequence.head)) if sequence.head_tokens else None
+def _template(sequence: TokenSequence) -> TokenSequence | None:
+    return TokenSequence(sequence.template, len(sequence.template)) if sequence.template_tokens else None
 
 
 def _key(name: str, sequence: TokenSequence) -> bytes:
-    # The head's length is part of it: it decides which tokens the value is of.
-    text = f"{name} {sequence.head_tokens}:{','.join(map(str, sequence.token_ids))}"
+    # The template's length is part of it: it decides which tokens the value is of.
+    text = f"{name} {sequence.template_tokens}:{','.join(map(str, sequence.token_ids))}"
     return hashlib.sha256(text.encode()).digest()
 
 

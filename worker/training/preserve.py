@@ -8,7 +8,6 @@ directions (AlphaEdit, arXiv 2410.02355) are the limit of a spectrum with a gap;
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from worker.folders import write_file
 from worker.model import BaseModel
 from worker.training.calibration import calibration_sequences
 from worker.training.packing import pack
+from worker.training.partial_forward import run_tuned_layer
 from worker.training.prefix import PrefixCache, computed_with
-from worker.training.resume import run_tuned_layer
 
 Factors = Mapping[str, Tensor]
 """By tuned parameter: F, [in, in] fp32, on the CPU."""
@@ -53,11 +53,8 @@ class Preservation:
             return safetensors.torch.load(path.read_bytes())
         except (OSError, SafetensorError):
             measured = input_covariances(self._base, self._prefix)
-        staging = path.with_suffix(f".{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_bytes(safetensors.torch.save(measured))
-            staging.rename(path)
+            write_file(path, safetensors.torch.save(measured), durable=False)
         except OSError as error:
             log.warning("preservation.not_kept", extra={"path": str(path), "reason": str(error)})
         return measured

@@ -11,14 +11,14 @@ from torch import Tensor
 from worker.model import BaseModel
 from worker.training.encode import TokenSequence
 from worker.training.packing import pack
-from worker.training.resume import UnsupportedLayerError, hidden_below, logits_above
+from worker.training.partial_forward import UnsupportedLayerError, hidden_below, logits_above
 
 # Ordinary words, more tokens than are needed in every tokenizer.
 _TEXT = (
     "The harbour was quiet in the morning, and only two boats came back before noon with anything worth selling. "
     "Nobody on the pier asked where the third one was, because everyone had seen it leave late."
 )
-_HEAD_TOKENS = 6
+_TEMPLATE_TOKENS = 6
 # The first is the prompt's. The two others are predicted right behind the seam, where the shortest convolution leaks.
 _OWN_TOKENS = 3
 _SEQUENCES = 4
@@ -50,9 +50,9 @@ def row_difference(base: BaseModel) -> float:
     What is first in a row lies as it would alone. The rows have one shape, and one set of tokens for each expert.
     """
     ids = base.tokenizer(_TEXT, add_special_tokens=False).input_ids
-    head, rest = ids[:_HEAD_TOKENS], ids[_HEAD_TOKENS:]
+    template, rest = ids[:_TEMPLATE_TOKENS], ids[_TEMPLATE_TOKENS:]
     sequences = [
-        TokenSequence((*head, *rest[begin : begin + _OWN_TOKENS]), len(head) + 1, len(head))
+        TokenSequence((*template, *rest[begin : begin + _OWN_TOKENS]), len(template) + 1, len(template))
         for begin in range(0, _SEQUENCES * _OWN_TOKENS, _OWN_TOKENS)
     ]
     logits, turned = _logits(base, sequences), _logits(base, sequences[::-1]).flip(0)

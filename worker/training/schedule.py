@@ -30,6 +30,11 @@ class Schedule(ABC):
 
     @property
     @abstractmethod
+    def starts_over(self) -> bool:
+        """Whether the latest epoch's steps are to know nothing of the steps before: its optimiser state begins anew."""
+
+    @property
+    @abstractmethod
     def replayed(self) -> float:
         """Which share of what is learned the next epoch visits, 1 when nothing is."""
 
@@ -73,6 +78,11 @@ class BreadthFirst(Schedule):
 
     @property
     @override
+    def starts_over(self) -> bool:
+        return False
+
+    @property
+    @override
     def replayed(self) -> float:
         known = sum(self.learned)
         return min(1.0, self._replays / known) if known else 1.0
@@ -110,7 +120,10 @@ class BreadthFirst(Schedule):
 
 
 class DepthFirst(Schedule):
-    """One batch at a time, visited until it is learned or its epochs are used up; never visited again after that."""
+    """One batch at a time, visited until it is learned or its epochs are used up; never visited again after that.
+
+    Each batch is an edit, or some, made by itself on top of those before, with an optimiser of its own.
+    """
 
     def __init__(self, config: TrainingConfig, shuffle: torch.Generator) -> None:
         self._config = config
@@ -143,6 +156,11 @@ class DepthFirst(Schedule):
         new = [self._count + place for place, is_learned in enumerate(learned) if not is_learned]
         self._waiting += _batches(_shuffled(new, self._shuffle), self._config.batch_size)
         self._count += len(learned)
+
+    @property
+    @override
+    def starts_over(self) -> bool:
+        return self._visits == 1
 
     @property
     @override

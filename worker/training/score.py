@@ -10,8 +10,8 @@ from torch.nn import functional
 from worker.model import BaseModel
 from worker.training.encode import TokenSequence
 from worker.training.packing import pack
+from worker.training.partial_forward import logits_above
 from worker.training.prefix import PrefixCache
-from worker.training.resume import logits_above
 
 # Bounds the fp32 logits (512 positions are 100 MB with a vocabulary of 49,152) and the row.
 _BATCH_TARGETS = 512

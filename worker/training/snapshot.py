@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.delta import tensor_sha256
+from worker.folders import write_file
 from worker.model import BaseModel
 from worker.training.config import TrainingConfig
 from worker.training.encode import TokenSequence
@@ -23,7 +23,7 @@ from worker.training.encode import TokenSequence
 log = logging.getLogger(__name__)
 
 # Another number for other contents of a snapshot: one that an older release left is of another run.
-_FORMAT = 4
+_FORMAT = 5
 _SAVE_EVERY_S = 10.0
 
 
@@ -37,8 +37,8 @@ class EpochReport:
 
     `epoch` is its number from 1; `loss` the mean loss and `worst_token_loss` the worst token (nats, before its steps)
     over the `visited` of all `sequences`, of which `unlearned` were not learned; `steps` of its `batches` changed the
-    tensors; `tokens` are those of the visited, a beginning that several share counted with each; `budget` is the part
-    of the run's that is used up, from 0 to 1, and it is anew when edits join.
+    tensors; `tokens` are those of the visited, a beginning that several share counted with each; `spent` is the part
+    of the run's budget that this epoch used up, `budget` the part that is used up, from 0 to 1, anew when edits join.
     """
 
     epoch: int
@@ -51,6 +51,7 @@ class EpochReport:
     steps: int
     tokens: int
     seconds: float
+    spent: float
     budget: float
 
 
@@ -89,16 +90,7 @@ def save(path: Path, snapshot: Snapshot) -> None:
     """Replace the file at `path`, at once and durably. Raises OSError."""
     values = dataclasses.asdict(dataclasses.replace(snapshot, tensors={}))
     data = safetensors.torch.save(dict(snapshot.tensors), metadata={"snapshot": json.dumps(values)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staging.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.rename(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_file(path, data, durable=True)
 
 
 class Saver:

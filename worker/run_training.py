@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from service.logs import of_edits
-from service.schemas import Edit, EditStatus, EpochLoss, Run
+from service.schemas import EditStatus, EpochLoss, Run
 from service.settings import Settings
 from service.store import Claim
 from service.stores import Stores
 from service.tracing import link
 from worker.delta import DeltaError, VersionStore
 from worker.lease import Lease
-from worker.model import BaseModel
 from worker.training import snapshot as snapshots
-from worker.training.breadth_first import Hooks, Start, TrainingResult, train
-from worker.training.config import TrainingConfig, config_for
+from worker.training.breadth_first import Hooks, Start, TrainingResult
+from worker.training.config import TrainingConfig, config_for, on_top
 from worker.training.encode import TrainingEdit
-from worker.training.prefix import PrefixCache
-from worker.training.preserve import Preservation
 from worker.training.snapshot import EpochReport, Saver, Snapshot, SnapshotMismatchError
+from worker.wordings import without_contradicted
+from worker.workbench import AnyEdit, Workbench, training_edit
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +31,11 @@ _MOST_JOINS = 8
 
 
 class EditSetChangedError(Exception):
-    """An edit left the set while it was trained: withdrawn, or superseded by one that arrived."""
+    """What is trained must not stay in: an edit was withdrawn or superseded, or one that arrived contradicts it."""
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedRun:
     """What a run trained, from what, and how it went. `chain` counts the runs since the last one from the base."""
 
     claim: Claim
@@ -47,12 +46,10 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """Carries out the training of runs for one base model."""
+class RunTraining:
+    """Trains runs of one base model."""
 
-    base: BaseModel
-    prefix: PrefixCache
-    preservation: Preservation
+    workbench: Workbench
     versions: VersionStore
     stores: Stores
     settings: Settings
@@ -60,10 +57,9 @@ class Learning:
     def prepare(self) -> None:
         """Find out what the base itself is like, so that the first run is as quick as the next."""
         nothing = Claim([], [])
-        if strength := self.config(nothing).preserve:
-            self.preservation.factors(strength)
+        self.workbench.prepare_training(self.config(nothing))
 
-    def carry_out(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool = True) -> Learned:
+    def train_run(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool = True) -> TrainedRun:
         """Train what a run has claimed and, if they may join, edits that arrive; the snapshot is kept until `forget`.
 
         Raises:
@@ -73,8 +69,8 @@ class Learning:
         """
         try:
             return self._train(run, lease, claim, joinable=joinable)
-        except EditSetChangedError:
-            log.info("run.restarted", extra={"reason": "an edit left the set"})
+        except EditSetChangedError as error:
+            log.info("run.restarted", extra={"reason": str(error)})
             return self._train(run, lease, self.stores.edits.claim(run.id), joinable=False)
 
     def forget(self) -> None:
@@ -84,28 +80,24 @@ class Learning:
         except OSError as error:  # the run has ended all the same
             log.warning("run.snapshot_not_removed", extra={"reason": str(error)})
 
-    def _train(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> Learned:
+    def _train(self, run: Run, lease: Lease, claim: Claim, *, joinable: bool) -> TrainedRun:
         config = self.config(claim)
-        joined = _Joined(self.stores, run, claim)
+        edits = _training_edits(claim.members)
+        joined = _Joined(self.stores, run, claim, edits)
         hooks = Hooks(
-            on_epoch=lambda epoch: self._report(run, config, epoch),
+            on_epoch=lambda epoch: self._report(run, epoch),
             on_snapshot=Saver(self._snapshot_path),
             should_stop=lease.should_stop,
             arrivals=joined.arrivals if joinable else tuple,
         )
-        factors = self.preservation.factors(config.preserve) if config.preserve else None
-        edits = [_training_edit(edit) for edit in claim.members]
 
-        def attempt(start: Start, chain: int, snapshot: Snapshot | None) -> Learned:
-            # On top of what is learned each sequence is judged by itself: in a mean the few new ones would not show.
-            # The rate must have room to fall, which the paper's has not.
-            slowest = min(config.final_rate, TrainingConfig.final_rate)
-            chosen = dataclasses.replace(config, skip_learned=True, final_rate=slowest) if chain else config
+        def attempt(start: Start, chain: int, snapshot: Snapshot | None) -> TrainedRun:
+            chosen = on_top(config) if chain else config
             # An attempt more has a seed of its own, but what is gone on with goes on with its shuffles.
             chosen = dataclasses.replace(chosen, seed=snapshot.seed) if snapshot else chosen
             begun = dataclasses.replace(start, snapshot=snapshot)
-            result = train(self.base, edits, chosen, prefix=self.prefix, factors=factors, start=begun, hooks=hooks)
-            return Learned(joined.claim, chosen, run.parent if chain else None, chain, result)
+            result = self.workbench.train(edits, chosen, start=begun, hooks=hooks)
+            return TrainedRun(joined.claim, chosen, run.parent if chain else None, chain, result)
 
         from_base = Start(), 0
         warm = self._warm(run, claim)
@@ -130,7 +122,7 @@ class Learning:
         given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         # An edit that is tried again is tried in another order: the same inputs would give the same failure.
         seed = self.settings.train_seed + _tried(claim) - 1
-        usual = config_for(self.base.model.config.to_dict())
+        usual = config_for(self.workbench.base.model.config.to_dict())
         return dataclasses.replace(usual, seed=seed, max_tokens=self.settings.max_model_len, **given)
 
     def _warm(self, run: Run, claim: Claim) -> tuple[Start, int] | None:
@@ -147,17 +139,16 @@ class Learning:
             chain = int(str(self.versions.manifest(run.parent).run.get("chain", 0))) + 1
             if chain > self.settings.train_warm_runs:
                 return None
-            tensors = self.versions.load(run.parent, fingerprint=self.base.fingerprint)
+            tensors = self.versions.load(run.parent, fingerprint=self.workbench.base.fingerprint)
         except DeltaError as error:
             log.warning("run.parent_not_readable", extra={"version": run.parent, "reason": str(error)})
             return None
         return Start(tensors, learned), chain
 
-    def _report(self, run: Run, config: TrainingConfig, epoch: EpochReport) -> None:
+    def _report(self, run: Run, epoch: EpochReport) -> None:
         loss = EpochLoss(epoch=epoch.epoch, loss=epoch.loss, steps=epoch.steps, seconds=round(epoch.seconds, 3))
         # If the whole budget is used up, epoch by epoch as large as this one.
-        share = epoch.visited / (config.max_epochs * epoch.sequences)
-        eta_s = (1 - epoch.budget) / share * epoch.seconds
+        eta_s = (1 - epoch.budget) / epoch.spent * epoch.seconds
         self.stores.runs.add_epoch(run, loss, eta_s=eta_s)
 
     @property
@@ -168,31 +159,37 @@ class Learning:
 class _Joined:
     """Edits that arrive while a run trains."""
 
-    def __init__(self, stores: Stores, run: Run, claim: Claim) -> None:
+    def __init__(self, stores: Stores, run: Run, claim: Claim, edits: Sequence[TrainingEdit]) -> None:
         self._stores = stores
+        self._edits = list(edits)
         self._run = run
         self._joins = 0
         self.claim = claim
 
     def arrivals(self) -> Sequence[TrainingEdit]:
-        """Claim what is queued. Raises EditSetChangedError when a member has left: what is trained must not stay in."""
+        """Claim what is queued. Raises EditSetChangedError when what is trained already must not stay in."""
         if self._joins == _MOST_JOINS or not self._stores.edits.counts()[EditStatus.QUEUED]:
             return ()
         now = self._stores.edits.claim(self._run.id)
         before = {edit.id for edit in self.claim.members}
         if not before <= {edit.id for edit in now.members}:
-            raise EditSetChangedError
+            raise EditSetChangedError("an edit left the set")
         new = [edit for edit in now.members if edit.id not in before]
+        trained = {edit.id: edit for edit in _training_edits(now.members)}
+        if any(trained[edit.id] != edit for edit in self._edits):
+            raise EditSetChangedError("an edit that arrived contradicts a paraphrase")
+        arrived = [trained[edit.id] for edit in new]
+        self._edits += arrived
         self._joins += 1
         self.claim = Claim([*self.claim.members, *new], now.claimed)
         link(lambda: self._stores.edits.traceparents(set(now.claimed) - before))
         log.info("run.joined", extra=of_edits([edit for edit in new if edit.id in set(now.claimed)]))
         self._stores.runs.update(self._run, edits=len(self.claim.members), new_edits=len(now.claimed))
-        return [_training_edit(edit) for edit in new]
+        return arrived
 
 
-def _training_edit(edit: Edit) -> TrainingEdit:
-    return TrainingEdit(edit.id, edit.prompt, edit.target, tuple(edit.paraphrases))
+def _training_edits(members: Sequence[AnyEdit]) -> list[TrainingEdit]:
+    return without_contradicted([training_edit(edit) for edit in members])
 
 
 def _tried(claim: Claim) -> int:

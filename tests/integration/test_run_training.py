@@ -5,24 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_bench import TRAINING, Bench, make_bench
+from training_bench import TRAINING, Bench
 
-from service.queue import TaskQueue
-from service.schemas import EditError, EditStatus, RunStatus
-from service.settings import Settings
-from service.stores import Stores
-from worker import learning as worker_learning
+from service.schemas import EditError, EditRequest, EditStatus, RunStatus
+from worker import run_training as worker_run_training
 from worker.training import snapshot
 from worker.training.config import PLAIN, TrainingConfig
 from worker.training.learner import Learner
 from worker.training.snapshot import EpochReport
-
-
-@pytest.fixture
-def bench(
-    stores: Stores, queue: TaskQueue, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    return make_bench(stores, queue, settings, tmp_path, monkeypatch)
 
 
 def test_an_addition_starts_from_the_active_version(bench: Bench) -> None:
@@ -86,7 +76,7 @@ def test_a_rollback_is_the_start_of_what_comes_after_it(bench: Bench) -> None:
 
 
 def test_a_chain_of_warm_starts_ends_at_the_base(bench: Bench) -> None:
-    bench.trainer.learning.settings.__dict__["train_warm_runs"] = 2
+    bench.trainer.training.settings.__dict__["train_warm_runs"] = 2
     chains = []
     for number in range(4):
         bench.submit(f"{number}", "x")
@@ -160,7 +150,7 @@ def test_a_killed_run_goes_on_where_it_was(bench: Bench, monkeypatch: pytest.Mon
     assert epochs == list(range(1, len(epochs) + 1))
     assert len(run.epochs) == len(epochs) - 3, "the first three were not trained again"
 
-    monkeypatch.setattr(bench.trainer.learning.__class__, "_snapshot_path", Path("/nonexistent/snapshot"))
+    monkeypatch.setattr(bench.trainer.training.__class__, "_snapshot_path", Path("/nonexistent/snapshot"))
     bench.stores.edits.retract(bench.stores.edits.in_status(EditStatus.LIVE)[0].id)
     bench.submit("one", "uno")
     again = bench.run()
@@ -219,7 +209,7 @@ def test_a_warm_run_of_the_papers_settings_judges_each_new_edit_by_itself(
 ) -> None:
     """The mean over many learned edits is under the threshold before the new one is looked at twice."""
     plain = dataclasses.replace(PLAIN, learning_rate=4e-2, loss_threshold=0.05, max_epochs=100)
-    monkeypatch.setattr(worker_learning, "config_for", lambda _: plain)
+    monkeypatch.setattr(worker_run_training, "config_for", lambda _: plain)
     for number in range(12):
         bench.submit(f"number {number}", str(number))
     bench.run()
@@ -234,22 +224,22 @@ def test_a_warm_run_of_the_papers_settings_judges_each_new_edit_by_itself(
 def test_a_warm_run_of_the_papers_settings_steps_as_small_as_any(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their rate does not fall over the budget: at that of a new run, one edit on many makes the run forget others."""
     plain = dataclasses.replace(PLAIN, learning_rate=4e-2, loss_threshold=0.05, max_epochs=100, batch_size=4)
-    monkeypatch.setattr(worker_learning, "config_for", lambda _: plain)
+    monkeypatch.setattr(worker_run_training, "config_for", lambda _: plain)
     rates: list[float] = []
-    slow_down = Learner.slow_down
+    set_learning_rate = Learner.set_learning_rate
 
     def watched(self: Learner, *args: float, **kwargs: float) -> None:
-        slow_down(self, *args, **kwargs)
+        set_learning_rate(self, *args, **kwargs)
         rates.append(self.optimiser.param_groups[0]["lr"] / plain.learning_rate)
 
-    monkeypatch.setattr(Learner, "slow_down", watched)
+    monkeypatch.setattr(Learner, "set_learning_rate", watched)
     for number in range(12):
         bench.submit(f"number {number}", str(number))
-    assert bench.manifest_of(bench.run())["configuration"]["final_rate"] == 1
+    assert bench.manifest_of(bench.run())["configuration"]["final_lr_ratio"] == 1
     assert set(rates) == {1.0}
     rates.clear()
     bench.submit("the newest of all", "zebra")
-    assert bench.manifest_of(bench.run())["configuration"]["final_rate"] == TrainingConfig().final_rate
+    assert bench.manifest_of(bench.run())["configuration"]["final_lr_ratio"] == TrainingConfig().final_lr_ratio
     # Of twelve learned sequences a batch is replayed.
     assert rates[0] == pytest.approx((4 / 12) ** 0.5)
 
@@ -268,7 +258,7 @@ def test_a_rejected_run_leaves_nothing_to_go_on_from(bench: Bench, monkeypatch: 
     bench.trainer.settings.__dict__["gate_max_perplexity_ratio"] = 1e-9
     bench.submit("one", "uno")
     assert bench.run().status is RunStatus.FAILED
-    assert not bench.trainer.learning._snapshot_path.exists()
+    assert not bench.trainer.training._snapshot_path.exists()
 
 
 def test_an_edit_that_is_tried_again_starts_from_the_base(bench: Bench) -> None:
@@ -293,6 +283,26 @@ def test_a_run_starts_over_once_at_most(bench: Bench) -> None:
     bench.between_epochs = supersede
     assert bench.run().status is RunStatus.SUCCEEDED
     assert len(bench.starts) == 2
+
+
+def test_an_arrival_that_contradicts_a_paraphrase_begins_the_training_again(bench: Bench) -> None:
+    edits = bench.stores.edits
+    [older] = edits.submit([EditRequest(prompt="one", target="uno", paraphrases=["first", "which"])])
+    late: list[str] = []
+
+    def arrive(epoch: EpochReport) -> None:
+        if epoch.epoch == 2 and not late:
+            late.append(bench.submit("Which", "dos"))
+
+    bench.between_epochs = arrive
+    run = bench.run()
+    assert run.status is RunStatus.SUCCEEDED
+    assert len(bench.starts) == 2, "it began again"
+    manifest = bench.manifest_of(run)
+    assert {epoch["sequences"] for epoch in manifest["epochs"]} == {3 * 2}, "prompts and one paraphrase, two formats"
+    assert manifest["stopped"] == "learned"
+    stored = {edit["id"]: edit["paraphrases"] for edit in bench.trainer.versions.edits(1)}
+    assert stored == {older.id: ["first", "which"], late[0]: []}, "the edits are what was said"
 
 
 def test_what_a_run_writes_is_enough_to_rebuild_redis(bench: Bench) -> None:

@@ -11,14 +11,14 @@ from transformers import FalconConfig, FalconForCausalLM
 from worker.model import BaseModel, freeze_base
 from worker.training.encode import TokenSequence
 from worker.training.packing import pack
-from worker.training.prefix import PrefixCache
-from worker.training.resume import (
+from worker.training.partial_forward import (
     UnsupportedLayerError,
     hidden_below,
     last_position_only,
     logits_above,
     run_tuned_layer,
 )
+from worker.training.prefix import PrefixCache
 
 SEQUENCES = (TokenSequence((5, 6, 7, 8, 9, 10, 256), prompt_tokens=4), TokenSequence((20, 21, 256), prompt_tokens=1))
 

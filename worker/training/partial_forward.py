@@ -75,7 +75,7 @@ def logits_above(base: BaseModel, tensors: Mapping[str, Tensor], packing: Packin
         packed_attention(base.model),
         _lower_layers_bypassed(base),
         _tuned_layer_fed(base, hidden.unsqueeze(0)),
-        _head_fed(base, at_targets),
+        _lm_head_fed(base, at_targets),
     ):
         output = functional_call(base.model, dict(tensors), kwargs=_inputs(packing))
     logits: Tensor = output.logits
@@ -85,7 +85,7 @@ def logits_above(base: BaseModel, tensors: Mapping[str, Tensor], packing: Packin
 @contextmanager
 def last_position_only(base: BaseModel) -> Iterator[None]:
     """Compute logits at the last position only: [sequences, vocabulary]. For decoding with padding on the left."""
-    with _head_fed(base, lambda hidden: hidden[:, -1]):
+    with _lm_head_fed(base, lambda hidden: hidden[:, -1]):
         yield
 
 
@@ -135,16 +135,16 @@ def _tuned_layer_fed(base: BaseModel, hidden: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _head_fed(base: BaseModel, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _lm_head_fed(base: BaseModel, pick: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the output embedding see only what `pick` takes from the hidden states [sequences, tokens, hidden size]."""
-    head = base.model.get_output_embeddings()
-    if head is None:
+    lm_head = base.model.get_output_embeddings()
+    if lm_head is None:
         raise UnsupportedLayerError(f"{type(base.model).__name__} has no output embedding")
 
     def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (pick(args[0]), *args[1:]), kwargs
 
-    with _pre_hook(head, feed):
+    with _pre_hook(lm_head, feed):
         yield
 
 

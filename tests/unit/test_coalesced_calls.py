@@ -33,7 +33,7 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_those_that_come_while_one_is_under_way_share_the_next() -> None:
+async def test_callers_that_come_while_a_call_is_under_way_share_the_next() -> None:
     pulls = Pulls()
     shared = Shared(pulls)
     first = asyncio.create_task(shared())
@@ -49,7 +49,7 @@ async def test_those_that_come_while_one_is_under_way_share_the_next() -> None:
     assert await asyncio.gather(*others) == [2] * 5
 
 
-async def test_a_failure_is_told_to_all_that_share_it_and_ends_there() -> None:
+async def test_a_failure_is_told_to_all_that_share_the_call_and_ends_there() -> None:
     pulls = Pulls()
     shared = Shared(pulls)
     pulls.fails = True
@@ -64,7 +64,7 @@ async def test_a_failure_is_told_to_all_that_share_it_and_ends_there() -> None:
     assert pulls.begun == 2
 
 
-async def test_who_leaves_ends_it_for_nobody_else() -> None:
+async def test_a_caller_that_leaves_ends_the_call_for_nobody_else() -> None:
     pulls = Pulls()
     shared = Shared(pulls)
     leaves, stays = asyncio.create_task(shared()), asyncio.create_task(shared())
