@@ -22,10 +22,11 @@ from typing import Any, cast
 import httpx
 from redis import Redis
 
-from benchmarks.load import free_port, percentile, say
+from benchmarks.load import percentile, say
 from benchmarks.report import RESULTS, Results, spread, told
 from service import programs
 from service.client import ErrataClient
+from service.ports import free_port
 from service.schemas import EditRequest, EditStatus
 from service.settings import Settings
 from service.stack import default_model

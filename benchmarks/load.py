@@ -5,7 +5,6 @@ No script: those that serve import it.
 
 import asyncio
 import itertools
-import socket
 import statistics
 import sys
 import tempfile
@@ -89,13 +88,6 @@ def running(name: str, **settings: object) -> Iterator[Stack]:
 def percentile(values: Sequence[float], percent: int) -> float:
     """A percentile of at least two values."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has at the moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def say(line: str) -> None:

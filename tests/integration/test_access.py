@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from scripted_node import ScriptedNode, listening
 from scripted_worker import ScriptedWorker
 from service_process import assert_error, in_process, serving
@@ -27,6 +27,7 @@ from service.api_keys import Scope
 from service.app import create_app
 from service.cli import app as command
 from service.client import ApiError, AsyncErrataClient, ErrataClient
+from service.ports import free_port
 from service.settings import Settings
 from service.stores import Stores
 

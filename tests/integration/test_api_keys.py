@@ -6,12 +6,13 @@ import re
 
 import pytest
 from click.testing import Result
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from typer.testing import CliRunner
 
 from service.api_keys import ApiKey, KeyStore, Scope, split
 from service.cli import app
 from service.errors import InvalidRequestError, NotFoundError
+from service.ports import free_port
 from service.stores import Stores
 
 NOW = 1_700_000_000

@@ -10,12 +10,13 @@ from typing import ClassVar
 
 import httpx
 import pytest
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, record
 from service_process import assert_error, serving
 
 from service.api_keys import Scope
+from service.ports import free_port
 from service.schemas import VersionState
 from service.settings import Settings
 from service.stores import Stores

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from scripted_node import ScriptedNode
 from scripted_worker import ScriptedWorker, fact
 from service_process import serving
@@ -22,6 +22,7 @@ from service_process import serving
 from service.metrics.catalogue import CATALOGUE, EDIT_TO_LIVE
 from service.metrics.kept import OVERFLOW, bounds
 from service.nodes import NodeClient
+from service.ports import free_port
 from service.queue import TaskQueue
 from service.reconcile import Reconciler
 from service.schemas import EditStatus, EpochLoss, RunStatus, VersionState

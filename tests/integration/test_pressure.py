@@ -17,13 +17,14 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from scripted_worker import ScriptedWorker, fact
 from service_process import assert_error, serving
 
 from service import programs
 from service.api.middleware import PACE_BYTES
 from service.errors import BusyError
+from service.ports import free_port
 from service.settings import Settings
 from service.store import EditStore, Idempotency, _new
 from service.stores import Stores

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +17,14 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from redis import Redis
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 
 from service import programs
 from service import stack as module
 from service.cli.options import connect
 from service.home import Home, StackRecord
-from service.ports import PortTakenError, take_port, url_of
+from service.ports import PortTakenError, free_port, take_port, url_of
+from service.readiness import NotReadyError, wait_until_ready
 from service.settings import Settings
 from service.stack import Stack, StackError
 from service.supervisor import Program, Supervisor, end
@@ -175,6 +177,31 @@ async def test_what_listens_on_a_host_is_reached_there(host: str, reached: str) 
         await writer.wait_closed()
         with pytest.raises(PortTakenError, match=f"port {port} of {host}"):
             take_port(host, port)
+
+
+def test_a_chosen_port_is_none_that_an_outgoing_connection_may_have() -> None:
+    assigned = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(assigned.read_text().split()[0]) if assigned.is_file() else 32_768
+    ports = [free_port() for _ in range(200)]
+    assert max(ports) < first
+    assert len(set(ports)) == len(ports)
+
+
+def test_a_service_whose_port_was_taken_meanwhile_is_said_to_lack_it(settings: Settings, tmp_path: Path) -> None:
+    """uvicorn says so, and then ends in order."""
+    supervisor = Supervisor(tmp_path, free_port(), PASSWORD)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        own = settings.model_copy(update={"port": port, "nodes": ("http://127.0.0.1:1",)}).environment()
+        secrets = {"ERRATA_REDIS_URL": settings.redis_url, "ERRATA_NODE_TOKEN": "t"}
+        process = supervisor.start([programs.service()], {**os.environ, **own, **secrets})
+        try:
+            with pytest.raises(NotReadyError, match=r"service does not start: .*address already in use"):
+                wait_until_ready(f"http://127.0.0.1:{port}", supervisor, process, lambda _: None)
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def test_a_redis_that_has_ended_is_in_nobodys_way(orphan: RedisServer, tmp_path: Path) -> None:

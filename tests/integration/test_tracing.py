@@ -13,12 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 from otlp_receiver import Received, Receiver, receiving
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from scripted_node import TOKEN, ScriptedNode, listening
 from tiny_models import tiny_model, tiny_tokenizer
 from waiting import until
 
 from service import programs
+from service.ports import free_port
 from service.queue import CONTROL_QUEUE, TRAIN_QUEUE, TaskQueue
 from service.schemas import EditStatus
 from service.settings import Settings

@@ -2,7 +2,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from tiny_models import ROOMY, tiny_model, tiny_tokenizer
 
 from service.answers import matches
+from service.ports import free_port
 from service.schemas import Format, StoredEdit, VersionState
 from worker import experiment, workbench
 from worker.command import main
@@ -537,10 +537,7 @@ def started(model: Path, edits: Path, out: Path, *launcher: str, **environment: 
 def test_torchrun_trains_data_parallel_and_a_process_alone_gives_the_same(
     model: Path, edits: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m")
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m")
     both = started(model, edits, tmp_path / "both", *launcher)
     alone = started(model, edits, tmp_path / "alone")
     reports = []
