@@ -133,13 +133,6 @@ end
 -- Of several edits of one prompt with different targets the cumulative set has the last one.
 local function supersede_others(id)
   for _, other in ipairs(redis.call('SMEMBERS', keys.prompt .. field(id, 'prompt_key'))) do
-    local differs = field(other, 'target') ~= field(id, 'target')
-    if differs and not move(other, 'superseded', {superseded_by = id}) then
-      -- It was superseded before; if by what is withdrawn now, then it has a new successor.
-      local by = field(other, 'superseded_by')
-      if by ~= '' and field(by, 'status'):find('^retract') then
-        redis.call('HSET', keys.edit .. other, 'superseded_by', id)
-      end
-    end
+    if field(other, 'target') ~= field(id, 'target') then move(other, 'superseded', {superseded_by = id}) end
   end
 end

@@ -4,6 +4,7 @@
 local active = redis.call('HGET', keys.active, 'version') or '0'
 local settled = redis.call('GET', keys.settled)
 local moved, prompts, touched = {}, {}, {}
+local CUMULATIVE = {queued = true, training = true, trained = true, live = true}
 local function to(id, status, fields)
   if move(id, status, fields) then moved[#moved + 1] = id end
 end
@@ -37,6 +38,18 @@ local function succeeded(id)
     by, status = field(by, 'superseded_by'), field(by, 'status')
   end
   return false, status
+end
+
+-- Of these edits of one prompt the last that is in the cumulative set and has another target than this one.
+local function last_with_another_target(id, ids)
+  local found, seq
+  for _, other in ipairs(ids) do
+    local of = tonumber(field(other, 'seq'))
+    if CUMULATIVE[field(other, 'status')] and field(other, 'target') ~= field(id, 'target') and of > (seq or 0) then
+      found, seq = other, of
+    end
+  end
+  return found
 end
 
 -- The version before may have had the edit too, answered wrong; what counts is the one that its run made.
@@ -81,11 +94,18 @@ for _, prompt in ipairs(prompts) do
     end
   end
   -- What the rollback went back to is the pair (weights, edit set): an edit whose successors were rolled back, or
-  -- withdrawn before they were served, stands again.
+  -- withdrawn before they were served, stands again, unless its place is taken by one that says what a successor said.
   for _, id in ipairs(ids) do
     if field(id, 'status') == 'superseded' and field(id, 'verdict') == 'matched' and in_version(active, id) then
       local served, last = succeeded(id)
-      if not served and (last == 'held' or last == 'retracted') then to(id, 'live') end
+      if not served and (last == 'held' or last == 'retracted') then
+        local taken_by = last_with_another_target(id, ids)
+        if taken_by then
+          redis.call('HSET', keys.edit .. id, 'superseded_by', taken_by)
+        else
+          to(id, 'live')
+        end
+      end
     end
   end
 end

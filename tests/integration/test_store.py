@@ -457,6 +457,22 @@ def test_a_rollback_does_not_revive_beside_a_newer_target(stores: Stores, worker
     assert [edit.id for edit in stores.edits.claim("run_x").members] == [newest.id]
 
 
+def test_a_rollback_does_not_revive_beside_a_copy_of_what_it_took_back(stores: Stores, worker: ScriptedWorker) -> None:
+    """The copy came behind both; when it is withdrawn as well, what is served stands again."""
+    [old] = stores.edits.submit([fact("q", "one")])
+    one = publish(stores, worker)
+    [served] = stores.edits.submit([fact("q", "two")])
+    publish(stores, worker)
+    [copy] = stores.edits.submit([fact("q", "two")])
+    stores.registry.activate(one)
+    stores.edits.settle()
+    assert status_of(stores, served.id) is EditStatus.HELD
+    assert (status_of(stores, old.id), stores.edits.get(old.id).superseded_by) == (EditStatus.SUPERSEDED, copy.id)
+    stores.edits.retract(copy.id)
+    stores.edits.settle()
+    assert status_of(stores, old.id) is EditStatus.LIVE
+
+
 def test_pages_are_newest_first_and_complete(stores: Stores) -> None:
     ids = [edit.id for edit in stores.edits.submit([fact(f"p{number}", "t") for number in range(25)])]
     found: list[str] = []
