@@ -19,7 +19,7 @@ from service.logs import JsonFormatter
 from service.schemas import Format
 from worker.checkpoint import CheckpointError
 from worker.delta import DeltaError
-from worker.distributed import processes, rank
+from worker.distributed import own_device, processes, rank
 from worker.experiment import Experiment, run_experiment
 from worker.placement import LOWER_ON_DISK
 from worker.training.attention import UnsupportedAttentionError
@@ -191,7 +191,7 @@ def _count(text: str) -> int:
 
 def _device(text: str) -> str:
     try:
-        torch.zeros(1, device=text)
+        torch.zeros(1, device=own_device(text))
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"there is no device {text!r}") from error
     return text

@@ -179,9 +179,9 @@ def _check_writable(folder: Path) -> None:
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU's allocator, or of this process."""
+    """Of all GPUs' allocators, as a model may be spread over them, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -351,6 +351,7 @@ def test_processes_that_would_share_a_gpu_are_refused(
 def test_of_several_processes_each_has_a_gpu_of_its_own(
     train: Callable[..., Any], asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried: list[str] = []
     devices: list[str] = []
 
     def load(*_: object, device: str, **__: object) -> None:
@@ -359,11 +360,12 @@ def test_of_several_processes_each_has_a_gpu_of_its_own(
 
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("worker.command._device", str)
+    monkeypatch.setattr("torch.zeros", lambda _, device: tried.append(device))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(experiment, "load_base", load)
     status, _, err = train(*asked)
     assert (status, devices) == (2, ["cuda:1"])
+    assert tried == ["cuda:1"] * len(asked[1:]), "to look at another's GPU takes memory of it"
     assert err == "errata-train: process 3: no GPU here\n"
     train("--device", "cpu")
     assert devices[1:] == ["cpu"]

@@ -85,7 +85,8 @@ def _decode(
             goes_on = [row.take(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
             if not all(goes_on):
                 # Most answers are a few tokens long and some run to their limit: the batch shrinks to these.
-                kept = torch.tensor(goes_on, device=base.device).nonzero()[:, 0]
+                # An index on the CPU: under a device map each layer's keys are on the layer's own device.
+                kept = torch.tensor(goes_on).nonzero()[:, 0]
                 tokens, attention_mask = tokens[kept], attention_mask[kept]
                 cache.batch_select_indices(kept)
                 rows = [row for row, stays in zip(rows, goes_on, strict=True) if stays]
