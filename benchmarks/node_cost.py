@@ -65,8 +65,8 @@ def main() -> None:
     results.table(["at a time", "server", "versions asked", "tokens/s", "of the plain server's", "CPU ms a token"])
     with tempfile.TemporaryDirectory(prefix="errata-node-cost-") as scratch:
         folder = Path(scratch)
-        _write_versions(options.model, folder / "store", options.versions)
-        with plain_vllm(options.model, folder, precision_flags("cpu")) as plain, _node(options.model, folder) as node:
+        _write_versions(options, folder / "store")
+        with plain_vllm(options.model, folder, precision_flags("cpu")) as plain, _node(options, folder) as node:
             for concurrency in options.concurrency:
                 for row in _rows(options, concurrency, plain, node):
                     results.add([concurrency, *row])
@@ -95,9 +95,9 @@ def _rows(options: argparse.Namespace, concurrency: int, plain: Server, node: Se
         yield [case[0], case[1] or None, spread(found), spread(ratios), spread(cpu_ms[case])]
 
 
-def _write_versions(model: Path, folder: Path, count: int) -> None:
-    base, store = load_base(str(model)), VersionStore(str(folder))
-    for number in range(count):
+def _write_versions(options: argparse.Namespace, folder: Path) -> None:
+    base, store = load_base(str(options.model), options.location), VersionStore(str(folder))
+    for number in range(options.versions):
         noise = torch.Generator().manual_seed(number)
         tensors = {
             name: tensor + 1e-3 * bool(number) * torch.randn(tensor.shape, generator=noise).to(tensor.dtype)
@@ -118,9 +118,9 @@ def plain_vllm(model: Path, folder: Path, flags: Sequence[str]) -> Iterator[Serv
 
 
 @contextmanager
-def _node(model: Path, folder: Path) -> Iterator[Server]:
-    arguments = ["-m", "worker.inference.launcher", "--model", str(model), "--store", str(folder / "store")]
-    arguments += ["--cache", str(folder / "cache")]
+def _node(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
+    arguments = ["-m", "worker.inference.launcher", "--model", str(options.model), "--store", str(folder / "store")]
+    arguments += ["--cache", str(folder / "cache"), "--location", options.location]
     with server(arguments, {"ERRATA_NODE_TOKEN": TOKEN}, folder / "node.log") as started:
         yield started
 
@@ -159,6 +159,7 @@ def _answers(url: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m benchmarks.node_cost")
     options.add_argument("--model", required=True, type=Path, help="folder of the base model")
+    options.add_argument("--location", default="auto", help="what versions tune")
     options.add_argument("--versions", type=int, default=3, help="versions that are asked at once in the last row")
     options.add_argument("--rounds", type=int, default=4, help="requests of each client in a repetition")
     options.add_argument(

@@ -18,8 +18,9 @@ AIMS = {200: 1.03, 1000: 1.08, 3000: 1.15}
 _PERPLEXITY = "WikiText-2 ratio"
 _KINDS = ("reliability", "generalization")
 _COLUMNS = (
-    "edits", "configuration", "reliability raw", "reliability chat", "generalization raw", "generalization chat",
-    "locality", _PERPLEXITY, "LAMBADA points", "HellaSwag points", "SST-2 points", "visits per sequence",
+    "edits", "location", "configuration",
+    "reliability raw", "reliability chat", "generalization raw", "generalization chat", "locality", _PERPLEXITY,
+    "LAMBADA points", "HellaSwag points", "SST-2 points", "visits per sequence",
 )  # fmt: skip
 
 Row = Mapping[str, str]
@@ -72,7 +73,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             if int(row["edits"]) == edits:
                 said = [sum(number(row[f"{kind} {how}"]) for how in ("raw", "chat")) / 2 for kind in _KINDS]
-                label = f"{row['configuration']} ({row['results'].removesuffix('.md')}): {said[0]:.0%} reliable"
+                what = f"{row['location'].removeprefix('model.')}, {row['configuration']}"
+                label = f"{what} ({row['results'].removesuffix('.md')}): {said[0]:.0%} reliable"
                 axes.plot(number(row[_PERPLEXITY]), said[1], marker="o", linestyle="", label=label)
         axes.set(title=f"{edits:,} ZsRE edits", xlabel="WikiText-2 perplexity, ratio to the base's", ylim=(0, 1))
         axes.grid(visible=True, alpha=0.3)
