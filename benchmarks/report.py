@@ -32,12 +32,13 @@ class Machine:
         self._commit = _commit()
 
     def line(self) -> str:
-        """One paragraph: processor, cores, memory, the CPU's dtype, libraries, commit, load averages over a minute."""
+        """One paragraph: processor, cores, memory, the CPU's dtype, how threads wait, libraries, commit, load averages."""
         memory = psutil.virtual_memory().total / 2**30
         libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
         computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
         return (
-            f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, computes in {computed_in}; "
+            f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, computes in {computed_in}, "
+            f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}; "
             f"Python {platform.python_version()}, {', '.join(libraries)}; commit {self._commit}; "
             f"load average {self._load_before:.1f} before and {os.getloadavg()[0]:.1f} after."
         )
@@ -167,13 +168,16 @@ def _cell(value: object) -> str:
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows of the machine."""
+    """The processor as Linux tells it, with family and model where its name leaves them out, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    generation = [f"{name} {known[name]}" for name in ("cpu family", "model") if name in known]
+    return " ".join(
+        [known.get("model name", platform.machine()), *([f"({', '.join(generation)})"] if generation else [])]
+    )
 
 
 def _commit() -> str:
