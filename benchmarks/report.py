@@ -32,7 +32,7 @@ class Machine:
         self._commit = _commit()
 
     def line(self) -> str:
-        """One paragraph: processor, cores, memory, the CPU's dtype, how threads wait, libraries, commit, load averages."""
+        """One paragraph: processor, cores, memory, dtype, how threads wait, libraries, commit, load averages."""
         memory = psutil.virtual_memory().total / 2**30
         libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
         computed_in = str(compute_dtype(torch.bfloat16, "cpu")).removeprefix("torch.")
