@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import snapshot, tiny_base, tiny_tokenizer, unchanged
+from tiny_models import FAMILIES, snapshot, tiny_base, tiny_tokenizer, unchanged
 from torch import Tensor
 from transformers import FalconConfig, FalconForCausalLM
 
@@ -80,6 +80,20 @@ def test_layers_run_that_are_needed_and_no_others() -> None:
     ran.clear()
     logits_above(base, {}, packing, hidden)
     assert ran == [2, 3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_feed_forward_sees_only_what_predicts_a_target(family: str) -> None:
+    base = tiny_base(family)
+    packing = pack(SEQUENCES)
+    hidden = hidden_below(base, packing)
+    seen: dict[int, int] = {}
+    for index, layer in enumerate(base.layers):
+        layer.mlp.register_forward_hook(lambda _, args, __, index=index: seen.update({index: args[0].shape[-2]}))
+    narrowed = logits_above(base, {}, packing, hidden)
+    assert seen == {2: packing.tokens, 3: len(packing.targets)}
+    whole = base.model(torch.tensor([SEQUENCES[0].token_ids])).logits[0, 3:6]
+    torch.testing.assert_close(narrowed[:3], whole, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_can_be_had_for_the_last_position_only() -> None:

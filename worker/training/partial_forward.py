@@ -75,6 +75,7 @@ def logits_above(base: BaseModel, tensors: Mapping[str, Tensor], packing: Packin
         packed_attention(base.model),
         _lower_layers_bypassed(base),
         _tuned_layer_fed(base, hidden.unsqueeze(0)),
+        _last_feed_forward_at(base, packing),
         _lm_head_fed(base, at_targets),
     ):
         output = functional_call(base.model, dict(tensors), kwargs=_inputs(packing))
@@ -132,6 +133,39 @@ def _tuned_layer_fed(base: BaseModel, hidden: Tensor) -> Iterator[None]:
 
     with _pre_hook(base.layers[base.layer_index], feed):
         yield
+
+
+@contextmanager
+def _last_feed_forward_at(base: BaseModel, packing: Packing) -> Iterator[None]:
+    """Let the last layer's feed-forward see only the tokens that predict targets: nobody reads what it says of others.
+
+    The others' outputs are zeros.
+    """
+    module = _feed_forward(base.layers[-1])
+
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = _hidden_argument(args, kwargs)
+        narrowed = hidden.index_select(-2, packing.targets.to(hidden.device))
+        return ((narrowed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": narrowed})
+
+    def widen(_: nn.Module, __: object, output: Any) -> Any:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        whole = first.new_zeros(*first.shape[:-2], packing.tokens, first.shape[-1])
+        whole = whole.index_copy(-2, packing.targets.to(first.device), first)
+        return (whole, *others) if isinstance(output, tuple) else whole
+
+    with ExitStack() as hooks:
+        if module is not None:
+            hooks.enter_context(_pre_hook(module, narrow))
+            hooks.callback(module.register_forward_hook(widen).remove)
+        yield
+
+
+def _feed_forward(layer: nn.Module) -> nn.Module | None:
+    """The largest part of a decoder layer that does not attend. By what transformers' attention functions read of their
+    module, as every family names it otherwise."""
+    parts = [part for part in layer.children() if not any(hasattr(inner, "is_causal") for inner in part.modules())]
+    return max(parts, key=lambda part: sum(weight.numel() for weight in part.parameters()), default=None)
 
 
 @contextmanager
