@@ -7,9 +7,9 @@ is downloaded and nothing is learned about quality. `--device cpu --shapes tiny`
 
 Each model is trained by the paper's procedure with its settings (worker.presets), then with learned sequences left out.
 Work is counted as 2 floating-point operations for each multiplication and addition of matrix products: forward, over
-the tuned layer and those above it and the LM head at learned positions; backward, the same again for the gradients of
-inputs, but of the tuned layer only its matrix's own gradient. Attention's products of queries, keys and values are left
-out, as is the frozen prefix, which is timed apart.
+the tuned layer and those above it, the last one's feed-forward and the LM head at learned positions only; backward, the
+same again for the gradients of inputs, but of the tuned layer only its matrix's own gradient. Attention's products of
+queries, keys and values are left out, as is the frozen prefix, which is timed apart.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -39,6 +40,7 @@ from worker.model import BaseModel, freeze_base
 from worker.presets import preset_for
 from worker.training.breadth_first import TrainingResult
 from worker.training.config import config_for
+from worker.training.partial_forward import feed_forward
 
 COLUMNS = (
     "model", "trainer", "edits", "epochs", "steps", "ms an edit", "ms an edit and epoch", "prefix pass s",
@@ -181,25 +183,20 @@ def random_edits(count: int, vocabulary: int, prompt_tokens: int, target_tokens:
 
 def operations(base: BaseModel, result: TrainingResult, learned_tokens: int) -> float:
     """Floating-point operations of a run's matrix products, as the first lines of this file count them."""
-    tuned, above = (
-        sum(
-            parameter.numel()
-            for layer in layers
-            for name, parameter in layer.named_parameters()
-            if parameter.dim() == 2
-        )
-        for layers in (
-            base.layers[base.layer_index : base.layer_index + 1],
-            base.layers[base.layer_index + 1 :],
-        )
-    )
+    tuned = _matrix_weights(base.layers[base.layer_index])
+    above = sum(map(_matrix_weights, base.layers[base.layer_index + 1 :]))
+    last = _matrix_weights(feed_forward(base.layers[-1]))
     changed = sum(tensor.numel() for tensor in base.tuned_tensors().values())
-    lm_head: int = base.model.get_output_embeddings().weight.numel()
+    at_learned = last + _matrix_weights(base.model.get_output_embeddings())
     tokens = sum(epoch.tokens for epoch in result.epochs)
     learned = learned_tokens * sum(epoch.visited for epoch in result.epochs)
-    forward = tokens * (tuned + above) + learned * lm_head
-    backward = tokens * (above + changed) + learned * lm_head
+    forward = tokens * (tuned + above - last) + learned * at_learned
+    backward = tokens * (above - last + changed) + learned * at_learned
     return 2.0 * (forward + backward)
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
 
 
 def matrix_rate(device: torch.device, size: int) -> float:

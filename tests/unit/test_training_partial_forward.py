@@ -96,6 +96,20 @@ def test_the_last_feed_forward_sees_only_what_predicts_a_target(family: str) -> 
     torch.testing.assert_close(narrowed[:3], whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_feed_forward_that_attention_reads_sees_all_tokens() -> None:
+    base = tiny_base()
+    layer = base.layers[-1]
+
+    def other_way_round(hidden_states: Tensor, **kwargs: object) -> Tensor:
+        between = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+        return between + layer.self_attn(hidden_states=layer.input_layernorm(between), **kwargs)[0]
+
+    layer.__dict__["forward"] = other_way_round
+    found = cut_down(base, base.tuned_tensors()[base.parameter_names[0]])
+    whole = base.model(torch.tensor([SEQUENCES[0].token_ids])).logits[0, 3:6]
+    torch.testing.assert_close(found[:3], whole, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_can_be_had_for_the_last_position_only() -> None:
     base = tiny_base()
     inputs = torch.tensor([SEQUENCES[0].token_ids])

@@ -139,33 +139,42 @@ def _tuned_layer_fed(base: BaseModel, hidden: Tensor) -> Iterator[None]:
 def _last_feed_forward_at(base: BaseModel, packing: Packing) -> Iterator[None]:
     """Let the last layer's feed-forward see only the tokens that predict targets: nobody reads what it says of others.
 
-    The others' outputs are zeros.
+    The others' outputs are zeros. One that runs before its layer's attention sees all: attention reads what it says.
     """
-    module = _feed_forward(base.layers[-1])
+    layer = base.layers[-1]
+    ran: list[nn.Module] = []
 
-    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        if not ran:
+            return None
         hidden = _hidden_argument(args, kwargs)
         narrowed = hidden.index_select(-2, packing.targets.to(hidden.device))
         return ((narrowed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": narrowed})
 
     def widen(_: nn.Module, __: object, output: Any) -> Any:
+        if not ran:
+            return output
         first, *others = output if isinstance(output, tuple) else (output,)
         whole = first.new_zeros(*first.shape[:-2], packing.tokens, first.shape[-1])
         whole = whole.index_copy(-2, packing.targets.to(first.device), first)
         return (whole, *others) if isinstance(output, tuple) else whole
 
-    with ExitStack() as hooks:
-        if module is not None:
-            hooks.enter_context(_pre_hook(module, narrow))
-            hooks.callback(module.register_forward_hook(widen).remove)
+    with _pre_hook(feed_forward(layer), narrow), ExitStack() as hooks:
+        hooks.callback(feed_forward(layer).register_forward_hook(widen).remove)
+        for part in filter(_attends, layer.children()):
+            hooks.callback(part.register_forward_hook(lambda part, *_: ran.append(part)).remove)
         yield
 
 
-def _feed_forward(layer: nn.Module) -> nn.Module | None:
-    """The largest part of a decoder layer that does not attend. By what transformers' attention functions read of their
-    module, as every family names it otherwise."""
-    parts = [part for part in layer.children() if not any(hasattr(inner, "is_causal") for inner in part.modules())]
-    return max(parts, key=lambda part: sum(weight.numel() for weight in part.parameters()), default=None)
+def feed_forward(layer: nn.Module) -> nn.Module:
+    """The largest part of a decoder layer that does not attend."""
+    parts = [part for part in layer.children() if not _attends(part)]
+    return max(parts, key=lambda part: sum(weight.numel() for weight in part.parameters()))
+
+
+def _attends(part: nn.Module) -> bool:
+    # What transformers' attention functions read of the module that calls them; families name it differently.
+    return any(hasattr(inner, "is_causal") for inner in part.modules())
 
 
 @contextmanager
